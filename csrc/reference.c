@@ -1,0 +1,65 @@
+// reference.c - the slow twins: what a layer means, readable in a minute. For tests.
+// SPDX-License-Identifier: Apache-2.0
+#include "moeshard.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+static double activate(ms_activation activation, double x) {
+  const double sqrt_2_over_pi = 0.79788456080286535588;
+  switch (activation) {
+  case MS_RELU:
+    return x > 0 || isnan(x) ? x : 0;
+  case MS_GELU:
+    return 0.5 * x * erfc(-x * 0.70710678118654752440);
+  case MS_GELU_TANH:
+    return 0.5 * x * (1 + tanh(sqrt_2_over_pi * (x + 0.044715 * x * x * x)));
+  case MS_SILU:
+    return x / (1 + exp(-x));
+  default:
+    return x;
+  }
+}
+
+static double dot(const float *a, const float *b, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; i++) sum += (double)a[i] * (double)b[i];
+  return sum;
+}
+
+void ms_reference_layer(const float *hidden, const int32_t *index, const float *weight, int64_t T, int64_t D,
+                        int32_t K, int32_t E, int64_t F, const float *w_in, const float *w_out, const float *b_in,
+                        const float *b_out, ms_activation activation, bool gated, double *out) {
+  (void)E;
+  int64_t rows = gated ? 2 * F : F; // of w_in, per expert
+  double *h = malloc((size_t)(F > 0 ? F : 1) * sizeof *h);
+  for (int64_t i = 0; i < T * D; i++) out[i] = 0;
+  for (int64_t t = 0; t < T && h; t++) {
+    const float *x = hidden + t * D;
+    for (int32_t j = 0; j < K; j++) {
+      int64_t e = index[t * K + j];
+      if (e < 0) continue;
+      for (int64_t f = 0; f < F; f++) {
+        double first = dot(x, w_in + (e * rows + f) * D, D) + (b_in ? (double)b_in[e * rows + f] : 0);
+        h[f] = activate(activation, first);
+        if (gated) h[f] *= dot(x, w_in + (e * rows + F + f) * D, D) + (b_in ? (double)b_in[e * rows + F + f] : 0);
+      }
+      for (int64_t d = 0; d < D; d++) {
+        double y = b_out ? (double)b_out[e * D + d] : 0;
+        for (int64_t f = 0; f < F; f++) y += h[f] * (double)w_out[(e * D + d) * F + f];
+        out[t * D + d] += (double)weight[t * K + j] * y;
+      }
+    }
+  }
+  free(h);
+}
+
+void ms_reference_group(const int32_t *index, int64_t slots, int32_t E, int64_t *offset, int32_t *order) {
+  int64_t n = 0;
+  for (int32_t e = 0; e < E; e++) {
+    offset[e] = n;
+    for (int64_t s = 0; s < slots; s++)
+      if (index[s] == e) order[n++] = (int32_t)s;
+  }
+  offset[E] = n;
+}
