@@ -1,7 +1,8 @@
 // step2_gather.c - gather: every rank's tokens and choices, as rows that any rank can read.
 //
-// Index and weight travel with the tokens, so each rank counts them itself and no second round is needed. Before
-// anything is used, all ranks compare the headers of all ranks: those that disagree all fail with the same text.
+// Index and weight travel with the tokens, so each rank counts them itself and no second round is
+// needed. Before anything is used, all ranks compare the headers of all ranks: those that disagree
+// all fail with the same text.
 //
 // SPDX-License-Identifier: Apache-2.0
 #include "base/memory.h"
@@ -13,8 +14,9 @@
 
 // ---- the header ---------------------------------------------------------------------------------
 
-// Each step is a bijection of the sum for a given slot and of the slot for a given sum: routings that differ in
-// one slot never collide, others with probability 2^-64. Weights of slots without an expert count for nothing.
+// Each step is a bijection of the sum for a given slot and of the slot for a given sum: routings
+// that differ in one slot never collide, others with probability 2^-64. Weights of slots without an
+// expert count for nothing.
 static uint64_t digest_routing(const ms_batch *batch) {
   uint64_t sum = 0x9e3779b97f4a7c15u;
   for (int64_t s = 0; s < batch->T * batch->K; s++) {
@@ -39,7 +41,18 @@ void ms_header_fill(const ms_batch *batch, uint64_t call, ms_header *out) {
 }
 
 // In the order in which a difference explains the ones after it.
-typedef enum field { CALL, LAYER, REPLICATED, DTYPE, WIDTH, EXPERTS, CHOICES, TOKENS, DIGEST, FIELDS } field;
+typedef enum field {
+  CALL,
+  LAYER,
+  REPLICATED,
+  DTYPE,
+  WIDTH,
+  EXPERTS,
+  CHOICES,
+  TOKENS,
+  DIGEST,
+  FIELDS
+} field;
 
 static const char *const field_names[FIELDS] = {
     "the number of the call",
@@ -94,7 +107,8 @@ static void field_text(const ms_header *h, field f, char text[VALUE_TEXT]) {
 }
 
 // The ranks with rank 0's value against those with the first other value.
-static ms_status disagree(const ms_header *headers, int32_t R, field f, int32_t other, ms_error *err) {
+static ms_status disagree(const ms_header *headers, int32_t R, field f, int32_t other,
+                          ms_error *err) {
   bool in[2][MS_MAX_RANKS];
   char value[2][VALUE_TEXT], ranks[2][MS_RANK_LIST];
   const int32_t model[2] = {0, other};
@@ -104,8 +118,9 @@ static ms_status disagree(const ms_header *headers, int32_t R, field f, int32_t 
     field_text(&headers[model[side]], f, value[side]);
     ms_rank_list(in[side], R, ranks[side]);
   }
-  return ms_fail(err, MS_EMISMATCH, "ranks disagree in call %" PRIu64 ": %s is %s on %s but %s on %s",
-                 headers[0].call, field_names[f], value[0], ranks[0], value[1], ranks[1]);
+  return ms_fail(err, MS_EMISMATCH,
+                 "ranks disagree in call %" PRIu64 ": %s is %s on %s but %s on %s", headers[0].call,
+                 field_names[f], value[0], ranks[0], value[1], ranks[1]);
 }
 
 ms_status ms_header_check(const ms_header *headers, int32_t R, ms_error *err) {
@@ -118,10 +133,10 @@ ms_status ms_header_check(const ms_header *headers, int32_t R, ms_error *err) {
   return MS_OK;
 }
 
-// ---- what transports fill in a batch with ------------------------------------------------------
+// ---- what transports fill in a batch with -------------------------------------------------------
 
-ms_status ms_gather_begin(ms_batch *batch, int32_t rank, int32_t R, const int64_t *tokens, bool copied,
-                          ms_error *err) {
+ms_status ms_gather_begin(ms_batch *batch, int32_t rank, int32_t R, const int64_t *tokens,
+                          bool copied, ms_error *err) {
   struct ms_batch_memory *memory = batch->memory;
   MS_TRY(ms_buffer_grow(&memory->first, (R + 1) * (int64_t)sizeof(int64_t), "row ranges", err));
   int64_t *first = memory->first.data;
@@ -131,8 +146,10 @@ ms_status ms_gather_begin(ms_batch *batch, int32_t rank, int32_t R, const int64_
   int64_t N = first[R], slots = N * batch->K;
   MS_TRY(ms_buffer_grow(&memory->row, N * (int64_t)sizeof(void *), "row pointers", err));
   if (copied) {
-    MS_TRY(ms_buffer_grow(&memory->all_expert, slots * (int64_t)sizeof(int32_t), "gathered index", err));
-    MS_TRY(ms_buffer_grow(&memory->all_weight, slots * (int64_t)sizeof(float), "gathered weights", err));
+    MS_TRY(ms_buffer_grow(&memory->all_expert, slots * (int64_t)sizeof(int32_t), "gathered index",
+                          err));
+    MS_TRY(ms_buffer_grow(&memory->all_weight, slots * (int64_t)sizeof(float), "gathered weights",
+                          err));
     batch->all_expert = memory->all_expert.data;
     batch->all_weight = memory->all_weight.data;
   }
@@ -147,7 +164,8 @@ ms_status ms_gather_begin(ms_batch *batch, int32_t rank, int32_t R, const int64_
 void ms_gather_rows(ms_batch *batch, int32_t r, const void *data) {
   int64_t stride = batch->D * ms_dtype_size(batch->dtype);
   const char *row = data;
-  for (int64_t i = batch->first[r]; i < batch->first[r + 1]; i++, row += stride) batch->row[i] = row;
+  for (int64_t i = batch->first[r]; i < batch->first[r + 1]; i++, row += stride)
+    batch->row[i] = row;
 }
 
 int64_t ms_gather_partial_bytes(const ms_batch *batch) {
@@ -169,11 +187,12 @@ static void ungather(ms_batch *batch) {
   batch->slot = NULL;
 }
 
-// ---- the step ------------------------------------------------------------------------------------
+// ---- the step -----------------------------------------------------------------------------------
 
 ms_status ms_gather(ms_batch *batch, ms_exchange *exchange, ms_error *err) {
   if (exchange->open)
-    return ms_fail(err, MS_EINVAL, "gather: call %" PRIu64 " is still open, combine (or refuse) it first",
+    return ms_fail(err, MS_EINVAL,
+                   "gather: call %" PRIu64 " is still open, combine (or refuse) it first",
                    exchange->call);
   ungather(batch);
   exchange->call++;
@@ -183,17 +202,19 @@ ms_status ms_gather(ms_batch *batch, ms_exchange *exchange, ms_error *err) {
   return status;
 }
 
-ms_status ms_gather_from(ms_batch *batch, int32_t rank, int32_t R, const int64_t *tokens, const void *hidden,
-                         const int32_t *index, const float *weight, ms_error *err) {
+ms_status ms_gather_from(ms_batch *batch, int32_t rank, int32_t R, const int64_t *tokens,
+                         const void *hidden, const int32_t *index, const float *weight,
+                         ms_error *err) {
   if (R < 1 || R > MS_MAX_RANKS || rank < 0 || rank >= R)
-    return ms_fail(err, MS_EINVAL, "gather: got rank %d of %d, expected 0 <= rank < ranks <= %d", rank, R,
-                   MS_MAX_RANKS);
+    return ms_fail(err, MS_EINVAL, "gather: got rank %d of %d, expected 0 <= rank < ranks <= %d",
+                   rank, R, MS_MAX_RANKS);
   for (int32_t r = 0; r < R; r++)
     if (tokens[r] < 0)
       return ms_fail(err, MS_EINVAL, "gather: rank %d has %" PRId64 " tokens", r, tokens[r]);
   if (tokens[rank] != batch->T)
-    return ms_fail(err, MS_EINVAL, "gather: rank %d routed %" PRId64 " tokens, but tokens[%d] is %" PRId64,
-                   rank, batch->T, rank, tokens[rank]);
+    return ms_fail(err, MS_EINVAL,
+                   "gather: rank %d routed %" PRId64 " tokens, but tokens[%d] is %" PRId64, rank,
+                   batch->T, rank, tokens[rank]);
   ungather(batch);
   ms_status status = MS_OK;
   if ((status = ms_gather_begin(batch, rank, R, tokens, false, err)) != MS_OK) goto done;
@@ -202,7 +223,8 @@ ms_status ms_gather_from(ms_batch *batch, int32_t rank, int32_t R, const int64_t
     int64_t bytes = batch->first[r] * batch->D * ms_dtype_size(batch->dtype);
     ms_gather_rows(batch, r, (const char *)hidden + bytes);
   }
-  batch->all_expert = (int32_t *)(uintptr_t)index; // never written: the members are shared with gathers that own them
+  batch->all_expert = (int32_t *)(uintptr_t)
+      index; // never written: the members are shared with gathers that own them
   batch->all_weight = (float *)(uintptr_t)weight;
 done:
   if (status != MS_OK) ungather(batch);

@@ -1,7 +1,8 @@
 // step5_combine.c - combine: the K choices of each token, then the partial outputs of all ranks.
 //
-// Both sums run in a fixed order, choices by number and ranks by number, one addition after the other: the bits do
-// not depend on threads, on timing, or on which rank adds. The ranks' sum is in fp32 and is rounded once, to out.
+// Both sums run in a fixed order, choices by number and ranks by number, one addition after the
+// other: the bits do not depend on threads, on timing, or on which rank adds. The ranks' sum is in
+// fp32 and is rounded once, to out.
 //
 // SPDX-License-Identifier: Apache-2.0
 #include "base/memory.h"
@@ -39,10 +40,13 @@ static void sum_choices(void *context, int64_t unit, int32_t thread) {
 }
 
 ms_status ms_combine_choices(ms_batch *batch, ms_threads *threads, ms_error *err) {
-  if (batch->R < 1) return ms_fail(err, MS_EINVAL, "combine: nothing was gathered since the last route");
+  if (batch->R < 1)
+    return ms_fail(err, MS_EINVAL, "combine: nothing was gathered since the last route");
   if (batch->N == 0 || batch->D == 0) return MS_OK;
-  if (!batch->partial) return ms_fail(err, MS_EINVAL, "combine: K = 0 and no out, so there is nothing to sum");
-  if (batch->K > 0 && !batch->slot) return ms_fail(err, MS_EINVAL, "combine: ffn has not run since the last gather");
+  if (!batch->partial)
+    return ms_fail(err, MS_EINVAL, "combine: K = 0 and no out, so there is nothing to sum");
+  if (batch->K > 0 && !batch->slot)
+    return ms_fail(err, MS_EINVAL, "combine: ffn has not run since the last gather");
   int64_t width = batch->D * (batch->K > 1 ? batch->K : 1);
   choices_work work = {batch, UNIT / width > 1 ? UNIT / width : 1};
   ms_threads_run(threads, (batch->N + work.tokens - 1) / work.tokens, sum_choices, &work);
@@ -85,10 +89,11 @@ static void sum_ranks(void *context, int64_t unit, int32_t thread) {
   }
 }
 
-ms_status ms_combine_ranks(ms_batch *batch, const float *const *parts, int32_t R, ms_threads *threads,
-                           ms_error *err) {
+ms_status ms_combine_ranks(ms_batch *batch, const float *const *parts, int32_t R,
+                           ms_threads *threads, ms_error *err) {
   if (R < 1 || R > MS_MAX_RANKS)
-    return ms_fail(err, MS_EINVAL, "combine: got parts of %d ranks, expected 1 to %d", R, MS_MAX_RANKS);
+    return ms_fail(err, MS_EINVAL, "combine: got parts of %d ranks, expected 1 to %d", R,
+                   MS_MAX_RANKS);
   int64_t all = batch->T * batch->D;
   if (!batch->out || all == 0) return MS_OK;
   if (R == 1 && parts[0] == batch->out) return MS_OK; // one rank's fp32 partial outputs lie in out

@@ -9,7 +9,8 @@ static ms_status one_gather(ms_exchange *x, ms_batch *batch, ms_error *err) {
   ms_gather_rows(batch, 0, batch->hidden);
   batch->all_expert = batch->expert;
   batch->all_weight = batch->weight;
-  // The fp32 partial outputs of one rank are the output: they are written where the caller wants them.
+  // The fp32 partial outputs of one rank are the output: they are written where the caller wants
+  // them.
   if (!batch->out || batch->dtype != MS_F32) return ms_gather_partial(batch, err);
   batch->partial = batch->out;
   return MS_OK;

@@ -65,7 +65,7 @@ INLINE void ahead_step(ahead *w) {
   int64_t stop = w->line + w->per_step;
   if (stop > w->end) stop = w->end;
   for (; w->line < stop; w->line++)
-    __builtin_prefetch(w->base + w->line % w->panels * w->stride + w->line / w->panels * LINE, 0, 2);
+    __builtin_prefetch(w->base + w->line % w->panels * w->stride + w->line / w->panels * LINE, 0, 3);
 }
 
 // ---- the tile -------------------------------------------------------------------------------------------------

@@ -1,0 +1,140 @@
+# Everything a newcomer runs. Needs python3 (3.11 or newer), gcc and make; all else goes into .venv.
+# SPDX-License-Identifier: Apache-2.0
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+DEMO ?=
+PYTEST ?=
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SUFFIXES:
+
+PY := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+OLD := .venv/transformers-4.57
+
+HEADERS := $(wildcard csrc/*.h csrc/*/*.h)
+KERNELS := csrc/kernels/kernels.c# compiled once per instruction set
+CORE := $(filter-out $(KERNELS),$(wildcard csrc/*.c csrc/base/*.c csrc/plan/*.c csrc/exchange/*.c csrc/kernels/*.c))
+BINDING := $(wildcard csrc/python/*.c)
+
+.PHONY: help
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
+
+# ---- the environment ----------------------------------------------------------------------------
+# Two stamps: the packages (pyproject.toml) and the extension (the C sources). A second call is instant.
+
+.PHONY: build
+build: .venv/.built $(OLD)/.installed ## make .venv: moeshard (editable) and all that tests and demo need
+
+# torch goes first and pinned, so that nothing after it chooses another one.
+.venv/.packages: pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PIP) install "$(TORCH)"
+	$(PIP) install "$(TORCH)" --editable ".[hf,demo,notebooks,dev]"
+	touch $@
+
+.venv/.built: .venv/.packages setup.py $(HEADERS) $(CORE) $(KERNELS) $(BINDING)
+	$(PY) setup.py -q build_ext --inplace
+	touch $@
+
+# The older transformers line with the libraries it wants, beside the new one: PYTHONPATH=$(OLD) picks it.
+$(OLD)/.installed: | .venv/.packages
+	$(PIP) install --quiet --upgrade --target $(OLD) --no-deps "transformers==4.57.6" \
+	  "huggingface_hub<1.0" "tokenizers<0.23" requests urllib3 charset-normalizer idna certifi
+	touch $@
+
+# ---- what it is for -----------------------------------------------------------------------------
+
+.PHONY: demo
+demo: build ## a Switch encoder over 2 ranks on real English; DEMO="--experts 64 --json out.json"
+	$(PY) -m moeshard demo $(DEMO)
+
+.PHONY: notebooks
+notebooks: build ## run the notebooks
+	$(PY) -m pytest --nbmake --nbmake-timeout=300 notebooks
+
+.PHONY: bench
+bench: build ## run the benchmarks
+	for file in benchmarks/bench_*.py; do echo "== $$file"; $(PY) "$$file"; done
+
+# ---- tests: quick ones first, pytest's own summary last ------------------------------------------
+
+.PHONY: test
+test: build ## lint, C tests, pytest with the older transformers, pytest
+	$(MAKE) --no-print-directory lint
+	$(MAKE) --no-print-directory test-c
+	$(MAKE) --no-print-directory test-old
+	$(PY) -m pytest tests $(PYTEST)
+
+.PHONY: test-old
+test-old: build ## the Switch tests with transformers 4.57
+	PYTHONPATH=$(OLD) $(PY) -m pytest -q tests/test_switch*.py $(PYTEST)
+
+# The C core without Python, under sanitizers. Every tests/c/test_*.c is a program; it fails by its exit code.
+WARNINGS := -Wall -Wextra -Wshadow -Wconversion -Werror
+C_TESTS := $(wildcard tests/c/test_*.c)
+ISAS_x86_64 := generic avx2 avx512
+ISAS := $(or $(ISAS_$(shell uname -m)),generic)
+FLAGS_avx2 := -mavx2 -mfma -mf16c
+FLAGS_avx512 := $(FLAGS_avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl
+FLAGS_asan := -fsanitize=address,undefined -fno-sanitize-recover=all
+FLAGS_tsan := -fsanitize=thread
+# Without address randomisation: the thread sanitizer of gcc 12 cannot place its memory otherwise.
+RUN_tsan := $(shell setarch -R true 2>/dev/null && echo setarch -R)
+
+define SANITIZED
+OBJECTS_$(1) := $(patsubst %.c,build/$(1)/%.o,$(CORE)) $(ISAS:%=build/$(1)/kernels-%.o)
+build/$(1)/%.o: %.c $(HEADERS) tests/c/check.h
+	@mkdir -p $$(@D)
+	$(CC) -std=gnu11 -O1 -g $(WARNINGS) $$(FLAGS_$(1)) -Icsrc -c $$< -o $$@
+build/$(1)/kernels-%.o: $(KERNELS) $(HEADERS)
+	@mkdir -p $$(@D)
+	$(CC) -std=gnu11 -O2 -g $(WARNINGS) $$(FLAGS_$(1)) $$(FLAGS_$$*) -DMS_ISA=$$* -c $$< -o $$@
+build/$(1)/test_%: build/$(1)/tests/c/test_%.o $$(OBJECTS_$(1))
+	$(CC) $$(FLAGS_$(1)) $$^ -o $$@ -lpthread -lm -lrt
+endef
+$(foreach sanitizer,asan tsan,$(eval $(call SANITIZED,$(sanitizer))))
+.SECONDARY:
+
+.PHONY: test-c test-c-asan test-c-tsan
+test-c: test-c-asan test-c-tsan ## the C core alone, under address, undefined and thread sanitizers
+test-c-asan test-c-tsan: test-c-%: $(C_TESTS:tests/c/%.c=build/\%/%)
+	@for program in $^; do echo "$$program"; $(RUN_$*) $$program; done
+
+.PHONY: lint
+lint: build ## ruff, mypy, clang-format, gcc's warnings and analyzer; changes nothing
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy --strict moeshard
+	.venv/bin/clang-format --dry-run -Werror $(HEADERS) $(CORE) $(KERNELS) $(BINDING) $(wildcard tests/c/*.[ch])
+	gcc -std=gnu11 -fsyntax-only -O2 $(WARNINGS) $(CORE) -Icsrc $(C_TESTS)
+	gcc -std=gnu11 -fsyntax-only -O2 $(WARNINGS) $(BINDING) -Icsrc $$($(PY) -c 'import numpy, sysconfig; \
+	  print("-isystem", sysconfig.get_path("include"), "-isystem", numpy.get_include())')
+	for isa in $(ISAS); do \
+	  flags=; case $$isa in avx2) flags="$(FLAGS_avx2)";; avx512) flags="$(FLAGS_avx512)";; esac; \
+	  gcc -std=gnu11 -fsyntax-only -O2 $(WARNINGS) $$flags -DMS_ISA=$$isa $(KERNELS); done
+	for file in $(CORE); do gcc -std=gnu11 -O1 -fanalyzer -Werror -c $$file -o /dev/null; done
+
+.PHONY: format
+format: build ## let ruff and clang-format rewrite the sources
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	.venv/bin/clang-format -i $(HEADERS) $(CORE) $(KERNELS) $(BINDING) $(wildcard tests/c/*.[ch])
+
+# ---- packages -----------------------------------------------------------------------------------
+
+.PHONY: sdist wheel
+sdist: build ## dist/moeshard-*.tar.gz
+	$(PY) -m build --no-isolation --sdist
+wheel: build ## dist/moeshard-*.whl
+	$(PY) -m build --no-isolation --wheel
+
+.PHONY: clean
+clean: ## remove all that make has made
+	rm -rf .venv build dist moeshard.egg-info .mypy_cache .ruff_cache .pytest_cache moeshard/_core*.so \
+	  moeshard-demo.png
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

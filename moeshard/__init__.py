@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Balanced Mixture-of-Experts inference: every expert is cut over every rank (MoEShard, arXiv 2503.08467).
+
+    import moeshard
+    model = moeshard.shard(model)      # every MoE layer of a HuggingFace model; the same outputs as before
+
+Names are imported on first use, so that ``import moeshard`` costs what ``import numpy`` costs and needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+try:
+    from . import _core
+except ImportError as error:
+    if "_core" not in str(error):
+        raise
+    raise ImportError(
+        f"moeshard was imported from a source tree without its C extension ({__path__[0]}): "
+        "run `make build` (or `pip install -e .`) there, or leave this folder to use the installed package"
+    ) from error
+
+if TYPE_CHECKING:
+    from .adapters import Adapter, ExpertWeights, register_adapter
+    from .api import shard, unshard
+    from .errors import (
+        ArgumentError,
+        CommError,
+        CommTimeout,
+        DTypeError,
+        MoeshardError,
+        PeerError,
+        RangeError,
+        RankLost,
+        RankMismatch,
+        ShapeError,
+    )
+    from .functional import PackedExperts, fused_experts, pack
+    from .group import Group, init
+    from .launcher import Ranks, launch, worker_state
+    from .layer import ShardedExperts
+    from .plans import Plan
+    from .reports import Report, report
+
+__version__ = _core.__version__
+
+__all__ = [
+    "Adapter",
+    "ArgumentError",
+    "CommError",
+    "CommTimeout",
+    "DTypeError",
+    "ExpertWeights",
+    "Group",
+    "MoeshardError",
+    "PackedExperts",
+    "PeerError",
+    "Plan",
+    "RangeError",
+    "RankLost",
+    "RankMismatch",
+    "Ranks",
+    "Report",
+    "ShapeError",
+    "ShardedExperts",
+    "fused_experts",
+    "init",
+    "launch",
+    "pack",
+    "register_adapter",
+    "report",
+    "shard",
+    "unshard",
+    "worker_state",
+]
+
+# Files are named so that no public function shares its name with a submodule: importing the submodule would
+# otherwise replace the function.
+_ROOMS = {
+    "adapters": ("Adapter", "ExpertWeights", "register_adapter"),
+    "api": ("shard", "unshard"),
+    "functional": ("PackedExperts", "fused_experts", "pack"),
+    "group": ("Group", "init"),
+    "launcher": ("Ranks", "launch", "worker_state"),
+    "layer": ("ShardedExperts",),
+    "plans": ("Plan",),
+    "reports": ("Report", "report"),
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'moeshard' has no attribute {name!r}")
+    value = getattr(import_module(f".{_ROOM_OF.get(name, 'errors')}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

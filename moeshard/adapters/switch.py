@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Switch Transformers of transformers 4.57 and of the 5 line: top-1 routing, capacity per sequence and expert.
+
+In both, the router returns a one-hot mask [B, S, E] with the row of a token beyond its expert's capacity all zero, the
+probability of the chosen expert [B, S, 1] and the logits [B, S, E]; a dropped token's output is exactly 0. The block
+returns [B, S, D] in the 5 line and ([B, S, D], (logits, expert index [B, S])) in 4.57. The router is always called as a
+module, because the 5 line records logits by a hook on it.
+
+Source: transformers 5.23.0 and 4.57.6, modeling_switch_transformers.py.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import _core
+from ..experts import ExpertWeights
+from ..layer import ShardedExperts
+from . import Capacity, activation_of
+
+
+class ShardedSwitch(nn.Module):
+    """Takes the place of ``SwitchTransformersSparseMLP``: its router, then the sharded experts."""
+
+    def __init__(self, router: nn.Module, experts: ShardedExperts, returns_router_output: bool) -> None:
+        super().__init__()
+        self.router = router
+        self.experts = experts
+        self.returns_router_output = returns_router_output
+
+    def forward(
+        self, hidden_states: torch.Tensor
+    ) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """Route [B, S, D] and send each token through its expert."""
+        if self.training:
+            with self.experts.group.refusing():
+                raise _core.ArgumentError("the model is in training mode: moeshard is for inference, call model.eval()")
+        mask, probability, logits = self.router(hidden_states)
+        kept, choice = mask.max(dim=-1)  # of an all-zero row: 0, and index 0 as HF's argmax gives
+        index = torch.where(kept.bool(), choice, -1)
+        output = self.experts(hidden_states, index.unsqueeze(-1), probability)
+        return (output, (logits, choice)) if self.returns_router_output else output
+
+
+class SwitchAdapter:
+    """Adapter of ``SwitchTransformersSparseMLP``; see :class:`moeshard.Adapter`."""
+
+    def weights(self, block: nn.Module) -> ExpertWeights:
+        """The experts' ``wi`` and ``wo``."""
+        experts = _experts(block)
+        activations = {activation_of(expert.act) for expert in experts}
+        if len(activations) != 1:
+            raise _core.ArgumentError(f"experts: expected one activation for all, got {', '.join(sorted(activations))}")
+        return ExpertWeights(
+            w_in=[expert.wi.weight for expert in experts],
+            w_out=[expert.wo.weight for expert in experts],
+            activation=activations.pop(),
+        )
+
+    def parameters(self, block: nn.Module) -> Sequence[nn.Parameter]:
+        """The experts' ``wi`` and ``wo``."""
+        return [linear.weight for expert in _experts(block) for linear in (expert.wi, expert.wo)]
+
+    def build(self, block: nn.Module, experts: ShardedExperts, capacity: Capacity) -> nn.Module:
+        """The router's own code applies the capacity: only its number is set."""
+        router: Any = block.router
+        router.moeshard_expert_capacity = router.expert_capacity
+        if capacity != "model":
+            router.expert_capacity = sys.maxsize if capacity is None else capacity
+        # 4.57 keeps the experts in a plain ModuleDict and returns the router's output with the block's.
+        return ShardedSwitch(router, experts, returns_router_output=type(block.experts) is nn.ModuleDict)
+
+    def restore(self, block: nn.Module) -> None:
+        """Give the router its capacity back."""
+        router: Any = block.router
+        router.expert_capacity = router.moeshard_expert_capacity
+        del router.moeshard_expert_capacity
+
+
+def _experts(block: nn.Module) -> list[Any]:
+    experts: Any = block.experts
+    return [experts[f"expert_{number}"] for number in range(len(experts))]
+
+
+ADAPTER = SwitchAdapter()

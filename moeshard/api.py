@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""shard and unshard: the MoE layers of a model cut over the ranks, in place, and put back."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeVar, cast
+
+import torch
+from torch import nn
+
+from . import _core
+from .adapters import Adapter, Capacity, find_adapter, looks_like_moe
+from .experts import ExpertWeights, Sizes, dtype_name
+from .group import Group, init
+from .layer import ShardedExperts, is_replicated
+from .plans import Plan, PlanChoice, plan_for
+
+if TYPE_CHECKING:
+    from ._core import DType
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+Places = list[tuple[nn.Module, str]]  # (parent, attribute): more than one if a model uses a module twice
+
+
+@dataclass
+class Site:
+    """A MoE block, where it stands in the model, and what becomes of it."""
+
+    name: str
+    places: Places
+    block: nn.Module
+    adapter: Adapter
+    weights: ExpertWeights
+    sizes: Sizes
+    plan: Plan
+    dtype: DType
+
+
+@dataclass
+class Original:
+    """What a replacement keeps to be undone: the emptied block, which is no submodule any more."""
+
+    block: nn.Module
+    adapter: Adapter
+    experts: ShardedExperts
+    shapes: list[torch.Size]
+
+
+def shard(
+    model: Model,
+    *,
+    group: Group | None = None,
+    plan: PlanChoice = "auto",
+    dtype: object = None,
+    tokens: Literal["local", "replicated"] = "local",
+    capacity: Capacity = "model",
+    progress: bool = True,
+) -> Model:
+    """Cut the experts of every MoE layer of a model over the ranks, in place. Collective.
+
+    Afterwards the model is called as before and gives the same outputs; its forward pass is collective. Each rank
+    keeps its share of the experts, the originals are freed.
+
+    Args:
+        model: a HuggingFace model (or any module that holds MoE blocks of a known class) on the CPU, in eval mode,
+            with the same weights on every rank.
+        group: the ranks. ``None``: :func:`moeshard.init`.
+        plan: the layout of each MoE layer. ``"auto"``, ``"shard"``: every expert over every rank;
+            ``"expert_parallel"``: each expert whole on one rank; or a :class:`moeshard.Plan`.
+        dtype: storage of the experts: ``"float32"``, ``"bfloat16"``, ``"float16"`` or torch's. ``None``: as it is.
+        tokens: ``"local"``: each rank has its own batch; ``"replicated"``: all ranks hold the same.
+        capacity: ``"model"``: tokens are dropped as the installed transformers version does; ``None``: never;
+            an int: the model's rule with this capacity.
+        progress: show a progress bar on rank 0, if tqdm is installed.
+
+    Returns:
+        The model. Only if ``model`` is itself a MoE block, another module.
+
+    Raises:
+        ArgumentError: no known MoE block (names what looks like one), training mode, a wrong device, weights that are
+            not loaded, already sharded, or a bad option.
+        ShapeError, DTypeError: expert weights or a plan that do not fit.
+        RankMismatch: the ranks were given different models or options; says which.
+        PeerError: another rank failed. In every one of these cases the models are as they were, on all ranks.
+
+    Example:
+        >>> model = moeshard.shard(SwitchTransformersEncoderModel.from_pretrained(path).eval())  # doctest: +SKIP
+
+    Source: arXiv 2503.08467.
+    """
+    group = init() if group is None else group
+    with torch.inference_mode(False), torch.no_grad():
+        with group.all_or_none():
+            replicated = is_replicated(tokens)
+            _check_capacity(capacity)
+            sites = _sites(model, group, plan, dtype)
+        group.agree(_facts(sites, tokens, capacity))
+        with group.all_or_none():
+            packed = [
+                site.weights.pack(site.plan.columns[group.rank], site.sizes, site.dtype)
+                for site in _with_progress(sites, progress and group.rank == 0)
+            ]
+        for site, columns in zip(sites, packed, strict=True):
+            layer = ShardedExperts(columns, site.plan, group, layer=group.new_layer(), replicated=replicated)
+            replacement = _replace(site, layer, capacity)
+            if not site.places:
+                model = replacement  # type: ignore[assignment]
+    _return_freed_memory()
+    return model
+
+
+def unshard(model: Model) -> Model:
+    """Put the original MoE blocks back, with their weights. Collective.
+
+    Args:
+        model: what :func:`moeshard.shard` returned, on every rank of its group.
+
+    Returns:
+        The model, every parameter the same object as before; its bits too, unless ``shard`` changed the dtype.
+
+    Raises:
+        ArgumentError: the model is not sharded.
+        CommError: a rank is lost or failed: the model stays sharded.
+
+    Example:
+        >>> model = moeshard.unshard(moeshard.shard(model))  # doctest: +SKIP
+    """
+    sharded = _originals(model)
+    if not sharded:
+        raise _core.ArgumentError("model: it is not sharded")
+    group = sharded[0][1].experts.group
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            for _, original in sharded:
+                with group.all_or_none():
+                    _allocate(original)
+                _collect(original)
+            group.barrier()
+        except BaseException:
+            for _, original in sharded:
+                _free(original.adapter.parameters(original.block))
+            raise
+        for places, original in sharded:
+            original.adapter.restore(original.block)
+            for parent, attribute in places:
+                setattr(parent, attribute, original.block)
+            if not places:
+                model = original.block  # type: ignore[assignment]
+    return model
+
+
+def _originals(model: nn.Module) -> list[tuple[Places, Original]]:
+    """The blocks that shard has replaced, and where."""
+    found = []
+    for _, places, module in _modules(model):
+        original: object = getattr(module, "moeshard_original", None)
+        if isinstance(original, Original):
+            found.append((places, original))
+    return found
+
+
+def _sites(model: nn.Module, group: Group, plan: PlanChoice, dtype: object) -> list[Site]:
+    """The MoE blocks of the model, everything about them checked."""
+    if not isinstance(model, nn.Module):
+        raise _core.ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    modules = list(_modules(model))
+    if any(isinstance(module, ShardedExperts) for _, _, module in modules):
+        raise _core.ArgumentError("model: it is already sharded, call moeshard.unshard(model) first")
+    blocks = [(*entry, adapter) for entry in modules if (adapter := find_adapter(entry[2])) is not None]
+    if not blocks:
+        raise _core.ArgumentError(_no_block(model))
+    sites = [_site(name, places, block, adapter, group, plan, dtype) for name, places, block, adapter in blocks]
+    _check_not_shared(model, sites)
+    return sites
+
+
+def _site(
+    name: str, places: Places, block: nn.Module, adapter: Adapter, group: Group, plan: PlanChoice, dtype: object
+) -> Site:
+    where = name or type(block).__name__
+    for parameter_name, parameter in block.named_parameters():
+        if parameter.device.type == "meta":
+            raise _core.ArgumentError(
+                f"{where}.{parameter_name}: not loaded (on the meta device): load the weights first"
+            )
+        if parameter.device.type != "cpu":
+            raise _core.ArgumentError(
+                f"{where}.{parameter_name}: expected the CPU, got {parameter.device}: model.cpu()"
+            )
+    if any(module.training for module in block.modules()):
+        raise _core.ArgumentError(f"{where}: in training mode, but moeshard is for inference: call model.eval() first")
+    try:
+        weights = adapter.weights(block)
+        sizes = weights.sizes()
+        table = plan_for(plan, group.size, sizes.num_experts, sizes.d_ff)
+    except _core.MoeshardError as error:
+        raise type(error)(f"{where}: {error}") from error
+    return Site(
+        name, places, block, adapter, weights, sizes, table, sizes.dtype if dtype is None else dtype_name(dtype)
+    )
+
+
+def _modules(model: nn.Module) -> Iterable[tuple[str, Places, nn.Module]]:
+    """Every module once: its first name, where it hangs, itself."""
+    found: dict[nn.Module, tuple[str, Places, nn.Module]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        _, places, _ = found.setdefault(module, (name, [], module))
+        if name:
+            parent, _, attribute = name.rpartition(".")
+            places.append((model.get_submodule(parent), attribute))
+    return found.values()
+
+
+def _no_block(model: nn.Module) -> str:
+    suspects = sorted({type(module).__qualname__ for module in model.modules() if looks_like_moe(module)})
+    if not suspects:
+        return f"model: {type(model).__name__} has no Mixture-of-Experts layer"
+    return (
+        f"model: {type(model).__name__} has no MoE block of a known class; what looks like one: {', '.join(suspects)}. "
+        "Teach moeshard a class with moeshard.register_adapter(cls, adapter)"
+    )
+
+
+def _check_not_shared(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Freeing an expert's weights must not take them from anything else."""
+    inside = {module for site in sites for module in site.block.modules()}
+    freed = {id(parameter) for site in sites for parameter in site.adapter.parameters(site.block)}
+    for name, module in model.named_modules():
+        if module not in inside and any(id(parameter) in freed for parameter in module.parameters(recurse=False)):
+            raise _core.ArgumentError(f"{name}: shares a parameter with an expert, which shard would free")
+
+
+def _check_capacity(capacity: object) -> None:
+    if capacity is None or capacity == "model":
+        return
+    if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
+        raise _core.ArgumentError(f"capacity: expected 'model', None or a positive integer, got {capacity!r}")
+
+
+def _facts(sites: Sequence[Site], tokens: str, capacity: Capacity) -> dict[str, str]:
+    """What must be the same on all ranks. Of the weights, a sample: enough to tell checkpoints and seeds apart."""
+    facts = {"tokens": str(tokens), "capacity": str(capacity)}
+    for site in sites:
+        weights, sizes = site.weights, site.sizes
+        kind = f"{'gated ' if weights.gated else ''}{weights.activation}"
+        facts[f"layer {site.name}"] = f"{sizes.num_experts} experts {sizes.d_model} x {sizes.d_ff} {kind} {sizes.dtype}"
+        facts[f"the dtype of layer {site.name}"] = site.dtype
+        facts[f"the plan of layer {site.name}"] = f"{site.plan} {site.plan.digest}"
+        facts[f"the weights of layer {site.name} (were all ranks given the same?)"] = _sample(weights)
+    return facts
+
+
+def _sample(weights: ExpertWeights) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for expert in range(len(weights.w_in)):
+        for stack in (weights.w_in, weights.w_out):
+            digest.update(stack[expert][0].contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _with_progress(sites: Sequence[Site], shown: bool) -> Iterable[Site]:
+    if shown:
+        with contextlib.suppress(ImportError):
+            from tqdm import tqdm  # type: ignore[import-untyped]
+
+            return cast("Iterable[Site]", tqdm(sites, desc="moeshard: packing experts", unit="layer"))
+    return sites
+
+
+def _replace(site: Site, layer: ShardedExperts, capacity: Capacity) -> nn.Module:
+    """Swap one block and free its experts."""
+    replacement = site.adapter.build(site.block, layer, capacity).eval()
+    for hooks in _HOOKS:
+        setattr(replacement, hooks, getattr(site.block, hooks))
+    parameters = site.adapter.parameters(site.block)
+    replacement.moeshard_original = Original(  # type: ignore[assignment]
+        site.block, site.adapter, layer, [parameter.shape for parameter in parameters]
+    )
+    for parent, attribute in site.places:
+        setattr(parent, attribute, replacement)
+    _free(parameters)
+    return replacement
+
+
+# The user's hooks on a block (recording activations, for example) go on working.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+def _free(parameters: Sequence[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.data = torch.empty(0, dtype=parameter.dtype)
+
+
+def _allocate(original: Original) -> None:
+    for parameter, shape in zip(original.adapter.parameters(original.block), original.shapes, strict=True):
+        parameter.data = torch.empty(shape, dtype=parameter.dtype)
+
+
+def _collect(original: Original) -> None:
+    """Fill the block's weights with every rank's columns, expert by expert."""
+    experts, packed = original.experts, original.experts.packed
+    weights = original.adapter.weights(original.block)
+    dtype = getattr(torch, packed.dtype)
+    halves = 2 if packed.gated else 1
+    for expert in range(packed.num_experts):
+        columns = [slice(*span) for span in experts.plan.columns[:, expert].tolist()]
+        own = columns[experts.group.rank]
+        width = own.stop - own.start
+        w_in = torch.empty(halves * width, packed.d_model, dtype=dtype)
+        w_out = torch.empty(packed.d_model, width, dtype=dtype)
+        b_in = torch.empty(halves * width) if weights.b_in is not None else None
+        b_out = torch.empty(packed.d_model) if weights.b_out is not None else None
+        packed.unpack(expert, w_in, w_out, b_in, b_out)
+        target = weights.w_in[expert].unflatten(0, (halves, packed.d_ff))
+        for span, rows in zip(columns, _from_all(experts.group, w_in), strict=True):
+            target[:, span] = rows.view(halves, len(rows) // halves, packed.d_model)
+        for span, rows in zip(columns, _from_all(experts.group, w_out.T.contiguous()), strict=True):
+            weights.w_out[expert][:, span] = rows.T
+        if weights.b_in is not None and b_in is not None:
+            target = weights.b_in[expert].unflatten(0, (halves, packed.d_ff))
+            for span, rows in zip(columns, _from_all(experts.group, b_in.unsqueeze(1)), strict=True):
+                target[:, span] = rows.view(halves, len(rows) // halves)
+        if weights.b_out is not None and b_out is not None:
+            first = next(rank for rank, span in enumerate(columns) if span.start == 0 < span.stop)
+            weights.b_out[expert].copy_(_from_all(experts.group, b_out.unsqueeze(0))[first][0])
+
+
+def _from_all(group: Group, rows: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Every rank's rows."""
+    gathered = torch.from_numpy(group.gather_rows(rows)).view(rows.dtype)
+    return torch.split(gathered, group.batch.tokens_per_rank.tolist())  # type: ignore[no-untyped-call]
+
+
+def _return_freed_memory() -> None:
+    """Give freed weights back to the system: glibc keeps blocks below its threshold (32 MiB at most) for itself."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

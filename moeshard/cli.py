@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``moeshard`` command: its subcommands and their options. Imports no torch."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import __version__, demo, doctor
+from .errors import MoeshardError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: words of the command line; ``None``: those of the process.
+
+    Returns:
+        The exit status: 0 for success, 1 if the demo's outputs differ from HuggingFace's or something failed.
+
+    Raises:
+        SystemExit: 2 for a bad option, with its message on standard error; 0 after ``--help``.
+
+    Example:
+        >>> main(["doctor"])  # doctest: +ELLIPSIS
+        moeshard ...
+        0
+    """
+    parser = argparse.ArgumentParser(prog="moeshard", description="Balanced Mixture-of-Experts inference.")
+    parser.add_argument("--version", action="version", version=f"moeshard {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    command = commands.add_parser("demo", help=demo.SUMMARY, description=demo.SUMMARY)
+    demo.add_options(command)
+    command.set_defaults(run=demo.run)
+
+    summary = "say what moeshard finds on this machine"
+    command = commands.add_parser("doctor", help=summary, description=summary)
+    command.set_defaults(run=_doctor)
+
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except (MoeshardError, OSError, ImportError) as error:
+        print(f"moeshard: {error}", file=sys.stderr)
+        return 1
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    print(doctor.describe())
+    return 0

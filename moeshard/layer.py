@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layer: the five steps of one forward pass, under their names."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import TYPE_CHECKING, Literal, NoReturn
+
+import numpy as np
+import torch
+from torch import nn
+
+from . import _core
+from .experts import ExpertWeights, Stack, dtype_name
+from .functional import without_grad
+from .group import Group, init
+from .plans import Plan, PlanChoice, plan_for
+from .threads import use_threads
+
+if TYPE_CHECKING:
+    from ._core import Activation
+
+
+class ShardedExperts(nn.Module):
+    """The experts of one MoE layer, cut over the ranks of a group. The router stays the model's own.
+
+    :func:`moeshard.shard` puts one in the place of every MoE layer of a model; :meth:`from_weights` makes one from
+    tensors. Inference only. The packed weights are no parameters: ``state_dict`` does not hold them.
+
+    Args:
+        packed: this rank's columns.
+        plan: which rank holds which columns.
+        group: the ranks.
+        layer: a number that all ranks give this layer, from ``group.new_layer()``.
+        replicated: all ranks hold the same tokens, instead of each its own.
+
+    Attributes:
+        slots: (token, choice) pairs seen so far, over all ranks.
+        counts: ``[E]`` int64: how many of them each expert got. The others were dropped (index -1).
+    """
+
+    def __init__(
+        self, packed: _core.PackedExperts, plan: Plan, group: Group, *, layer: int, replicated: bool = False
+    ) -> None:
+        super().__init__()
+        self.packed = packed
+        self.plan = plan
+        self.group = group
+        self.layer = layer
+        self.replicated = replicated
+        self.slots = 0
+        self.counts = np.zeros(packed.num_experts, np.int64)
+
+    @classmethod
+    def from_weights(
+        cls,
+        w_in: Stack,
+        w_out: Stack,
+        *,
+        b_in: Stack | None = None,
+        b_out: Stack | None = None,
+        activation: Activation = "relu",
+        gated: bool = False,
+        dtype: object = None,
+        plan: PlanChoice = "auto",
+        group: Group | None = None,
+        tokens: Literal["local", "replicated"] = "local",
+    ) -> ShardedExperts:
+        """Pack this rank's columns of weights that every rank has. Collective.
+
+        Args:
+            w_in: ``[E, F, D]`` (gated: ``[E, 2F, D]``, gate rows first): one tensor or a sequence of E tensors.
+            w_out: ``[E, D, F]``.
+            b_in: ``[E, F]`` (gated: ``[E, 2F]``) or ``None``.
+            b_out: ``[E, D]`` or ``None``.
+            activation: ``"identity"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``.
+            gated: ``y = act(x W_gate^T) * (x W_up^T)``.
+            dtype: storage of the packed weights. ``None``: as ``w_in``.
+            plan: the layout; ``"auto"`` is ``"shard"``.
+            group: the ranks. ``None``: :func:`moeshard.init`.
+            tokens: ``"local"``: each rank calls the layer with its own tokens; ``"replicated"``: all with the same.
+
+        Returns:
+            The layer. The originals are not needed any more.
+
+        Raises:
+            ShapeError, DTypeError, ArgumentError: a bad argument, on this rank; the others raise PeerError.
+            RankMismatch: the ranks were given different layers.
+
+        Example:
+            >>> import torch
+            >>> layer = ShardedExperts.from_weights(torch.ones(2, 3, 4), torch.ones(2, 4, 3))
+            >>> layer(torch.ones(1, 4), torch.tensor([[1]]), torch.tensor([[0.5]]))
+            tensor([[6., 6., 6., 6.]])
+        """
+        group = init() if group is None else group
+        with group.all_or_none():
+            replicated = is_replicated(tokens)
+            weights = ExpertWeights(w_in, w_out, b_in, b_out, activation, gated)
+            sizes = weights.sizes()
+            table = plan_for(plan, group.size, sizes.num_experts, sizes.d_ff)
+            storage = sizes.dtype if dtype is None else dtype_name(dtype)
+        group.agree(
+            {
+                "the layer": f"{sizes} {activation} gated={gated} b_in={b_in is not None} b_out={b_out is not None}",
+                "dtype": storage,
+                "plan": f"{table} {table.digest}",
+                "tokens": tokens,
+            }
+        )
+        with group.all_or_none():
+            packed = weights.pack(table.columns[group.rank], sizes, storage)
+        return cls(packed, table, group, layer=group.new_layer(), replicated=replicated)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Send each token through its experts. Collective: every rank of the group calls it, with any number of tokens.
+
+        Args:
+            hidden_states: ``[..., D]`` float32, bfloat16 or float16, on the CPU.
+            top_k_index: ``[..., K]`` int32 or int64, the experts of each token; -1 = no expert.
+            top_k_weights: ``[..., K]`` float32, bfloat16 or float16, finite; multiplies each expert's output.
+
+        Returns:
+            ``sum_j weight_j * expert_j(token)``: shape and dtype of ``hidden_states``.
+
+        Raises:
+            ShapeError, DTypeError, RangeError, ArgumentError: a bad argument, on this rank; the others raise PeerError.
+            CommError: a rank is lost, late, elsewhere or failed; see :mod:`moeshard.errors`.
+
+        Source: arXiv 2503.08467, algorithm 1.
+        """
+        group, batch = self.group, self.group.batch
+        with group.refusing():
+            group.check_open()
+            hidden, index, weights = self._rows(hidden_states, top_k_index, top_k_weights)
+            out = torch.empty_like(hidden)
+            use_threads()
+            batch.route(
+                hidden, index, weights, self.packed.num_experts, out, layer=self.layer, replicated=self.replicated
+            )
+        group.gather(batch)
+        with group.refusing():
+            batch.group()
+            batch.ffn(self.packed)
+            self.slots += int(batch.tokens_per_rank.sum()) * index.shape[1]
+            self.counts += batch.counts()
+        group.combine(batch)
+        return out.view(hidden_states.shape)
+
+    def _rows(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """The inputs as contiguous [T, D], [T, K], [T, K]; a copy only of what is not contiguous."""
+        rows = []
+        for name, tensor in (
+            ("hidden_states", hidden_states),
+            ("top_k_index", top_k_index),
+            ("top_k_weights", top_k_weights),
+        ):
+            if not isinstance(tensor, torch.Tensor):
+                raise _core.DTypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+            if tensor.device.type != "cpu":
+                raise _core.ArgumentError(f"{name}: expected a tensor on the CPU, got {tensor.device}")
+            if not tensor.ndim:
+                raise _core.ShapeError(f"{name}: expected at least one dimension, got a scalar")
+            width = tensor.shape[-1]
+            tensor = without_grad(name, tensor)
+            rows.append(tensor.reshape(tensor.numel() // width if width else 0, width).contiguous())
+        if rows[0].shape[1] != self.packed.d_model:
+            raise _core.ShapeError(
+                f"hidden_states: expected [..., {self.packed.d_model}] as the experts, got {list(hidden_states.shape)}"
+            )
+        if not rows[1].shape[1]:
+            raise _core.ShapeError(f"top_k_index: expected at least one choice, got {list(top_k_index.shape)}")
+        return rows
+
+    def reset_counts(self) -> None:
+        """Forget the tokens seen so far."""
+        self.slots = 0
+        self.counts[:] = 0
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        packed = self.packed
+        return (
+            f"num_experts={packed.num_experts}, d_model={packed.d_model}, d_ff={packed.d_ff}, dtype={packed.dtype}, "
+            f"activation={packed.activation}, gated={packed.gated}, rank={self.group.rank} of {self.group.size}, "
+            f"{packed.nbytes / 2**20:.1f} MiB"
+        )
+
+    def _save_to_state_dict(self, destination: object, prefix: str, keep_vars: bool) -> None:
+        warnings.warn(
+            f"the state_dict of a sharded model has no weights for {prefix or 'the experts'}: "
+            "call moeshard.unshard(model) first",
+            UserWarning,
+            stacklevel=2,
+        )
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise copy.Error("a sharded layer cannot be copied or pickled: call moeshard.unshard(model) first")
+
+
+def is_replicated(tokens: str) -> bool:
+    """Check and read the argument `tokens`."""
+    if tokens not in ("local", "replicated"):
+        raise _core.ArgumentError(f"tokens: expected 'local' or 'replicated', got {tokens!r}")
+    return tokens == "replicated"

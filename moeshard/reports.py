@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a sharded model did: tokens, routing, and each rank's share of the work, as a table."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _core
+from .plans import Plan
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from torch import nn
+
+_COLUMNS = ("layer", "experts", "tokens", "dropped", "hottest expert", "share of work", "expert parallel", "memory")
+
+
+@dataclass(frozen=True, eq=False)
+class LayerReport:
+    """One MoE layer.
+
+    Attributes:
+        name: the layer's name in the model.
+        plan: its layout.
+        slots: (token, choice) pairs that came in, over all ranks and calls.
+        dropped: those without an expert.
+        histogram: ``[E]`` int64: slots of each expert.
+        share_of_work: ``[R]``: each rank's share under the layer's plan.
+        share_of_work_expert_parallel: ``[R]``: the same if whole experts were dealt to the ranks.
+        nbytes: this rank's packed weights.
+        nbytes_all: the weights of all experts, in the same dtype.
+    """
+
+    name: str
+    plan: Plan
+    slots: int
+    dropped: int
+    histogram: NDArray[np.int64]
+    share_of_work: NDArray[np.float64]
+    share_of_work_expert_parallel: NDArray[np.float64]
+    nbytes: int
+    nbytes_all: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return {
+            "name": self.name,
+            "num_experts": self.plan.num_experts,
+            "d_ff": self.plan.d_ff,
+            "slots": self.slots,
+            "dropped": self.dropped,
+            "histogram": self.histogram.tolist(),
+            "share_of_work": self.share_of_work.tolist(),
+            "share_of_work_expert_parallel": self.share_of_work_expert_parallel.tolist(),
+            "nbytes": self.nbytes,
+            "nbytes_all": self.nbytes_all,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What a sharded model did so far. Prints as a table, in a notebook as HTML, with rich as a rich table.
+
+    Attributes:
+        layers: one entry per MoE layer, in the model's order.
+        rank: this rank.
+        ranks: number of ranks.
+    """
+
+    layers: tuple[LayerReport, ...]
+    rank: int
+    ranks: int
+
+    @property
+    def share_of_work(self) -> NDArray[np.float64]:
+        """``[R]``: each rank's share of the work of all layers, under their plans."""
+        return _whole([layer.plan.work(layer.histogram) for layer in self.layers])
+
+    @property
+    def share_of_work_expert_parallel(self) -> NDArray[np.float64]:
+        """``[R]``: the same if whole experts were dealt to the ranks."""
+        return _whole([_expert_parallel(layer.plan).work(layer.histogram) for layer in self.layers])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return {
+            "rank": self.rank,
+            "ranks": self.ranks,
+            "share_of_work": self.share_of_work.tolist(),
+            "share_of_work_expert_parallel": self.share_of_work_expert_parallel.tolist(),
+            "layers": [layer.to_dict() for layer in self.layers],
+        }
+
+    def __str__(self) -> str:
+        rows = [_COLUMNS, *self._rows()]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([self._title(), *lines])
+
+    def _repr_html_(self) -> str:
+        head, *body = (
+            "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+            for tag, row in (("th", _COLUMNS), *(("td", row) for row in self._rows()))
+        )
+        rows = "".join(f"<tr>{row}</tr>" for row in body)
+        return (
+            f"<table><caption>{html.escape(self._title())}</caption>"
+            f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        )
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        table = Table(*_COLUMNS, title=self._title())
+        for row in self._rows():
+            table.add_row(*row)
+        return table
+
+    def _title(self) -> str:
+        return f"moeshard: {len(self.layers)} MoE layers on {self.ranks} rank{'s' * (self.ranks > 1)}"
+
+    def _rows(self) -> Iterator[tuple[str, ...]]:
+        for layer in self.layers:
+            routed = layer.slots - layer.dropped
+            hottest = int(layer.histogram.argmax())
+            yield (
+                layer.name,
+                str(layer.plan.num_experts),
+                f"{layer.slots:,}",
+                f"{layer.dropped:,}",
+                f"{hottest}: {layer.histogram[hottest] / routed:.0%}" if routed else "none",
+                _percent(layer.share_of_work),
+                _percent(layer.share_of_work_expert_parallel),
+                f"{layer.nbytes / 2**20:.1f} of {layer.nbytes_all / 2**20:.1f} MiB",
+            )
+
+
+def report(model: nn.Module) -> Report:
+    """Tell what the MoE layers of a sharded model did since :func:`moeshard.shard`. Not collective.
+
+    Args:
+        model: a sharded model; every rank has the counts of all ranks.
+
+    Returns:
+        The report; ``print`` it, or show it in a notebook.
+
+    Raises:
+        ArgumentError: the model is not sharded.
+
+    Example:
+        >>> print(moeshard.report(model))  # doctest: +SKIP
+    """
+    from .layer import ShardedExperts
+
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, ShardedExperts)]
+    if not layers:
+        raise _core.ArgumentError("model: it is not sharded, call moeshard.shard(model) first")
+    group = layers[0][1].group
+    return Report(tuple(_layer(name, layer) for name, layer in layers), group.rank, group.size)
+
+
+def _layer(name: str, layer: Any) -> LayerReport:
+    plan, packed = layer.plan, layer.packed
+    element = {"float32": 4, "bfloat16": 2, "float16": 2}[packed.dtype]
+    matrices = 3 if packed.gated else 2
+    return LayerReport(
+        name=name.removesuffix(".experts"),
+        plan=plan,
+        slots=layer.slots,
+        dropped=layer.slots - int(layer.counts.sum()),
+        histogram=layer.counts.copy(),
+        share_of_work=plan.share(layer.counts),
+        share_of_work_expert_parallel=_expert_parallel(plan).share(layer.counts),
+        nbytes=packed.nbytes,
+        nbytes_all=packed.num_experts * matrices * packed.d_model * packed.d_ff * element,
+    )
+
+
+def _expert_parallel(plan: Plan) -> Plan:
+    return Plan.expert_parallel(plan.ranks, plan.num_experts, plan.d_ff)
+
+
+def _whole(work: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    total = np.sum(work, axis=0)
+    return cast("NDArray[np.float64]", total / total.sum() if total.sum() else total)
+
+
+def _percent(shares: NDArray[np.float64]) -> str:
+    return " ".join(f"{share:.0%}" for share in shares)

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of the whole suite."""
+
+import os
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+@pytest.fixture(scope="session")
+def workers():
+    """Four worker processes for the whole session; `workers.on_ranks` runs a function on fewer."""
+    import moeshard
+
+    with moeshard.launch(4, timeout=60) as ranks:
+        yield ranks

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""pack and fused_experts: any library with DLPack, against float64."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from reference import ACTIVATIONS, experts_reference, layer_case, relative_error
+
+import moeshard
+
+EPS = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+
+
+class Foreign:
+    """A tensor of a library that moeshard has never heard of: DLPack and an array namespace, nothing else."""
+
+    def __init__(self, array):
+        self._array = array
+        self.shape = array.shape
+
+    def __dlpack__(self, **kwargs):
+        return self._array.__dlpack__(**kwargs)
+
+    def __dlpack_device__(self):
+        return self._array.__dlpack_device__()
+
+    def __len__(self):
+        return len(self._array)
+
+    def __getitem__(self, expert):
+        return Foreign(self._array[expert])
+
+    def __array_namespace__(self):
+        class Namespace:
+            @staticmethod
+            def from_dlpack(tensor):
+                return Foreign(np.from_dlpack(tensor))
+
+        return Namespace
+
+    def reshape(self, *shape):
+        return Foreign(self._array.reshape(*shape))
+
+
+LIBRARIES = {"numpy": lambda x: x, "torch": torch.from_numpy, "foreign": Foreign}
+
+
+def arguments(case, convert=lambda x: x):
+    names = ("hidden", "index", "weights", "w_in", "w_out")
+    return [convert(case[name]) for name in names]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("choices", [1, 2, 5])
+def test_any_library_gets_its_own_kind_of_tensor_back(library, choices):
+    case = layer_case(33, 24, 37, 5, choices, dropped=0.2)
+    out = moeshard.fused_experts(*arguments(case, LIBRARIES[library]))
+    assert type(out) is type(LIBRARIES[library](case["hidden"]))
+    assert relative_error(np.from_dlpack(out), experts_reference(*arguments(case))) < 2e-6
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+def test_every_kind_of_expert_equals_the_formula(activation, gated, bias):
+    case = layer_case(50, 33, 19, 4, 2, gated=gated, bias=bias)
+    kind = {"activation": activation, "gated": gated, "b_in": case["b_in"], "b_out": case["b_out"]}
+    out = moeshard.fused_experts(*arguments(case), **kind)
+    assert relative_error(out, experts_reference(*arguments(case), **kind)) < 2e-6
+
+
+def test_float32_error_at_the_real_size():
+    case = layer_case(64, 768, 3072, 2, 1)
+    out = moeshard.fused_experts(*arguments(case))
+    assert relative_error(out, experts_reference(*arguments(case))) <= 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_error_is_at_most_one_and_a_half_times_torchs(dtype):
+    case = layer_case(96, 128, 256, 3, 1)
+    hidden, index, weights, w_in, w_out = (
+        tensor if tensor.dtype == torch.int64 else tensor.to(dtype) for tensor in arguments(case, torch.from_numpy)
+    )
+    expected = experts_reference(
+        *(x.double() if x.is_floating_point() else x for x in (hidden, index, weights, w_in, w_out))
+    )
+    naive = torch.stack(
+        [torch.relu(x @ w_in[e].T) @ w_out[e].T * w for x, (e,), (w,) in zip(hidden, index, weights, strict=True)]
+    )
+    out = moeshard.fused_experts(hidden, index, weights, w_in, w_out)
+    assert out.dtype == dtype
+    assert relative_error(out.double(), expected) <= 1.5 * relative_error(naive.double(), expected)
+
+
+def test_packed_experts_can_be_called_again_with_other_shapes():
+    case = layer_case(40, 16, 24, 3, 2)
+    packed = moeshard.pack(case["w_in"], case["w_out"])
+    for tokens in (40, 1, 0, 17):
+        rows = [case[name][:tokens] for name in ("hidden", "index", "weights")]
+        assert relative_error(packed(*rows), experts_reference(*rows, case["w_in"], case["w_out"])) < 2e-6
+    assert packed.nbytes >= case["w_in"].nbytes + case["w_out"].nbytes
+    assert "num_experts=3, d_model=16, d_ff=24, dtype='float32', activation='relu'" in repr(packed)
+
+
+def test_leading_dimensions_are_kept():
+    case = layer_case(24, 8, 12, 3, 2)
+    flat = moeshard.fused_experts(*arguments(case))
+    shaped = [case[name].reshape(2, 3, 4, -1) for name in ("hidden", "index", "weights")]
+    out = moeshard.fused_experts(*shaped, case["w_in"], case["w_out"])
+    assert out.shape == (2, 3, 4, 8)
+    assert (out.reshape(24, 8) == flat).all()
+
+
+@pytest.mark.parametrize("convert", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+def test_strided_inputs_equal_contiguous_ones(convert):
+    case = layer_case(24, 8, 12, 3, 2)
+    expected = np.asarray(moeshard.fused_experts(*arguments(case)))
+    hidden = convert(np.repeat(case["hidden"], 2, axis=1))[:, ::2]
+    index = convert(np.asfortranarray(case["index"]))
+    w_in = convert(np.ascontiguousarray(case["w_in"].transpose(0, 2, 1))).swapaxes(1, 2)
+    rest = convert(case["weights"]), w_in, convert(case["w_out"])
+    assert (np.asarray(moeshard.fused_experts(hidden, index, *rest)) == expected).all()
+
+
+def test_weights_may_be_a_sequence_of_tensors_or_of_parameters():
+    case = layer_case(24, 8, 12, 3, 2)
+    expected = moeshard.fused_experts(*arguments(case))
+    parameters = [[torch.nn.Parameter(torch.from_numpy(w)) for w in case[name]] for name in ("w_in", "w_out")]
+    rows = [torch.from_numpy(case[name]) for name in ("hidden", "index", "weights")]
+    assert (moeshard.fused_experts(*rows, *parameters).numpy() == expected).all()
+
+
+def test_out_is_filled_and_returned():
+    case = layer_case(24, 8, 12, 3, 2)
+    out = np.empty_like(case["hidden"])
+    assert moeshard.fused_experts(*arguments(case), out=out) is out
+    assert (out == moeshard.fused_experts(*arguments(case))).all()
+
+
+def test_inputs_are_not_written():
+    case = layer_case(24, 8, 12, 3, 2, dropped=0.3)
+    before = {name: array.copy() for name, array in case.items() if array is not None}
+    moeshard.fused_experts(*arguments(case))
+    assert all((case[name] == before[name]).all() for name in before)
+
+
+def test_functional_needs_no_torch():
+    code = (
+        "import sys, numpy as np, moeshard\n"
+        "x, w1, w2 = np.ones((4, 8), np.float32), np.ones((2, 3, 8), np.float32), np.ones((2, 8, 3), np.float32)\n"
+        "y = moeshard.fused_experts(x, np.zeros((4, 1), np.int64), np.ones((4, 1), np.float32), w1, w2)\n"
+        "assert (y == 24).all() and 'torch' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+
+
+def changed(**changes):
+    case = layer_case(6, 8, 12, 3, 2)
+    return arguments({**case, **{name: change(case[name]) for name, change in changes.items()}})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        pytest.param({"hidden": lambda x: x[:, :7]}, moeshard.ShapeError, r"hidden.*8.*\[6, 7\]", id="width"),
+        pytest.param({"hidden": np.float64}, moeshard.DTypeError, "float64", id="float64"),
+        pytest.param({"index": lambda x: x[:5]}, moeshard.ShapeError, "top_k_index.*5", id="fewer-index-rows"),
+        pytest.param({"weights": lambda x: x[:, :1]}, moeshard.ShapeError, "top_k_weights", id="fewer-choices"),
+        pytest.param({"index": np.float32}, moeshard.DTypeError, "top_k_index.*float32", id="float-index"),
+        pytest.param({"index": lambda x: x + 3}, moeshard.RangeError, "top_k_index", id="index-too-large"),
+        pytest.param({"index": lambda x: x - 4}, moeshard.RangeError, "top_k_index", id="index-too-small"),
+        pytest.param({"weights": lambda x: x * np.nan}, moeshard.RangeError, "top_k_weights.*nan", id="nan-weight"),
+        pytest.param(
+            {"w_out": lambda x: x[:, :, :5]}, moeshard.ShapeError, r"w_out\[0\].*\[8, 12\].*\[8, 5\]", id="w_out"
+        ),
+        pytest.param({"w_out": lambda x: x[:2]}, moeshard.ShapeError, "w_out.*3 experts.*2", id="fewer-experts"),
+        pytest.param(
+            {"w_in": lambda x: x[0]}, moeshard.ShapeError, r"w_in\[0\].*\[8\]", id="one-expert-less-dimension"
+        ),
+        pytest.param({"w_in": lambda x: x[:0]}, moeshard.ShapeError, "at least one expert", id="no-expert"),
+        pytest.param({"w_in": np.int32}, moeshard.DTypeError, r"w_in\[0\].*int32", id="integer-weights"),
+        pytest.param({"w_out": np.float16}, moeshard.DTypeError, r"w_out\[0\].*float32.*float16", id="mixed-dtypes"),
+    ],
+)
+def test_bad_input_names_argument_and_both_values(change, error, message):
+    with pytest.raises(error, match=message):
+        moeshard.fused_experts(*changed(**change))
+
+
+def test_unknown_activation_and_dtype_name_the_known_ones():
+    case = layer_case(6, 8, 12, 3, 2)
+    with pytest.raises(moeshard.ArgumentError, match="activation.*gelu_tanh.*'swish'"):
+        moeshard.pack(case["w_in"], case["w_out"], activation="swish")
+    with pytest.raises(moeshard.DTypeError, match="dtype.*bfloat16.*'int8'"):
+        moeshard.pack(case["w_in"], case["w_out"], dtype="int8")
+
+
+def test_wrong_out_is_refused():
+    case = layer_case(6, 8, 12, 3, 2)
+    for out in (np.empty((6, 7), np.float32), np.empty((8, 6), np.float32).T):
+        with pytest.raises(moeshard.ShapeError, match=r"out: expected contiguous \[6, 8\]"):
+            moeshard.fused_experts(*arguments(case), out=out)
+    with pytest.raises(moeshard.DTypeError, match="out"):
+        moeshard.fused_experts(*arguments(case), out=np.empty((6, 8), np.float16))
+
+
+def test_a_tensor_that_requires_grad_is_refused_unless_grad_is_off():
+    hidden, *rest = arguments(layer_case(6, 8, 12, 3, 2), torch.from_numpy)
+    hidden.requires_grad_()
+    with pytest.raises(moeshard.ArgumentError, match="hidden: requires grad.*no_grad"):
+        moeshard.fused_experts(hidden, *rest)
+    with torch.no_grad():
+        assert not moeshard.fused_experts(hidden, *rest).requires_grad
+
+
+def test_a_tensor_on_another_device_is_refused():
+    hidden, *rest = arguments(layer_case(6, 8, 12, 3, 2), torch.from_numpy)
+    with pytest.raises(moeshard.MoeshardError, match="meta|CPU|device"):
+        moeshard.fused_experts(hidden.to("meta"), *rest)
