@@ -38,13 +38,14 @@ static int64_t place_all(ms_experts *x) {
 
 static ms_status check_spec(const ms_experts_spec *spec, ms_error *err) {
   if (spec->E < 1 || spec->E > MS_MAX_EXPERTS)
-    return ms_fail(err, MS_EINVAL, "num_experts: got %d, expected 1 to %d", spec->E, MS_MAX_EXPERTS);
+    return ms_fail(err, MS_EINVAL, "num_experts: got %d, expected 1 to %d", spec->E,
+                   MS_MAX_EXPERTS);
   if (spec->D < 1 || spec->F < 1)
-    return ms_fail(err, MS_EINVAL, "d_model=%lld, d_ff=%lld: expected at least 1", (long long)spec->D,
-                   (long long)spec->F);
+    return ms_fail(err, MS_EINVAL, "d_model=%lld, d_ff=%lld: expected at least 1",
+                   (long long)spec->D, (long long)spec->F);
   if (spec->D > INT32_MAX / 64 || spec->F > INT32_MAX / 64)
-    return ms_fail(err, MS_EINVAL, "d_model=%lld, d_ff=%lld: expected less than 2^25", (long long)spec->D,
-                   (long long)spec->F);
+    return ms_fail(err, MS_EINVAL, "d_model=%lld, d_ff=%lld: expected less than 2^25",
+                   (long long)spec->D, (long long)spec->F);
   if (spec->storage != MS_F32 && spec->storage != MS_BF16 && spec->storage != MS_F16)
     return ms_fail(err, MS_EDTYPE, "dtype: got %s, expected float32, bfloat16 or float16",
                    ms_dtype_name(spec->storage));
@@ -54,8 +55,8 @@ static ms_status check_spec(const ms_experts_spec *spec, ms_error *err) {
   for (int32_t e = 0; e < spec->E; e++) {
     const int64_t *c = spec->columns + 2 * e;
     if (c[0] < 0 || c[0] > c[1] || c[1] > spec->F)
-      return ms_fail(err, MS_EINVAL, "columns[%d]: got [%lld, %lld), expected a range in [0, %lld)", e,
-                     (long long)c[0], (long long)c[1], (long long)spec->F);
+      return ms_fail(err, MS_EINVAL, "columns[%d]: got [%lld, %lld), expected a range in [0, %lld)",
+                     e, (long long)c[0], (long long)c[1], (long long)spec->F);
   }
   return MS_OK;
 }
@@ -108,15 +109,16 @@ const ms_experts_spec *ms_experts_get_spec(const ms_experts *x) { return &x->spe
 int64_t ms_experts_bytes(const ms_experts *x) { return x->bytes; }
 
 // Pack `rows` rows of m from `row` on, columns [col, col + K), into panels `step` panels apart.
-static void pack_rows(const ms_experts *x, const ms_matrix *m, int64_t row, int64_t rows, int64_t col, int64_t K,
-                      char *to, int64_t step) {
+static void pack_rows(const ms_experts *x, const ms_matrix *m, int64_t row, int64_t rows,
+                      int64_t col, int64_t K, char *to, int64_t step) {
   for (int64_t j = 0; j < rows; j += MS_PANEL, to += step) {
     int32_t columns = (int32_t)(rows - j < MS_PANEL ? rows - j : MS_PANEL);
     ms_panel_pack(m, row + j, col, columns, K, x->spec.storage, to);
   }
 }
 
-static void unpack_rows(const ms_experts *x, const char *from, int64_t step, int64_t rows, int64_t K, void *to) {
+static void unpack_rows(const ms_experts *x, const char *from, int64_t step, int64_t rows,
+                        int64_t K, void *to) {
   int64_t size = ms_dtype_size(x->spec.storage);
   for (int64_t j = 0; j < rows; j += MS_PANEL, from += step) {
     int32_t columns = (int32_t)(rows - j < MS_PANEL ? rows - j : MS_PANEL);
@@ -125,7 +127,8 @@ static void unpack_rows(const ms_experts *x, const char *from, int64_t step, int
 }
 
 // A bias vector as a matrix of one column packs into rows of one panel each: [n] -> [n / 16][16].
-static void pack_bias(const void *bias, ms_dtype dtype, int64_t row, int64_t rows, float *to, int64_t step) {
+static void pack_bias(const void *bias, ms_dtype dtype, int64_t row, int64_t rows, float *to,
+                      int64_t step) {
   ms_matrix m = {.data = bias, .dtype = dtype, .row_stride = 1, .col_stride = 1};
   for (int64_t j = 0; j < rows; j += MS_PANEL, to += step) {
     int32_t columns = (int32_t)(rows - j < MS_PANEL ? rows - j : MS_PANEL);
@@ -133,12 +136,15 @@ static void pack_bias(const void *bias, ms_dtype dtype, int64_t row, int64_t row
   }
 }
 
-static bool is_weight_dtype(ms_dtype dtype) { return dtype == MS_F32 || dtype == MS_BF16 || dtype == MS_F16; }
+static bool is_weight_dtype(ms_dtype dtype) {
+  return dtype == MS_F32 || dtype == MS_BF16 || dtype == MS_F16;
+}
 
-static ms_status check_matrix(const char *name, const ms_matrix *m, int64_t rows, int64_t cols, ms_error *err) {
+static ms_status check_matrix(const char *name, const ms_matrix *m, int64_t rows, int64_t cols,
+                              ms_error *err) {
   if (m->rows != rows || m->cols != cols)
-    return ms_fail(err, MS_ESHAPE, "%s: got [%lld, %lld], expected [%lld, %lld]", name, (long long)m->rows,
-                   (long long)m->cols, (long long)rows, (long long)cols);
+    return ms_fail(err, MS_ESHAPE, "%s: got [%lld, %lld], expected [%lld, %lld]", name,
+                   (long long)m->rows, (long long)m->cols, (long long)rows, (long long)cols);
   if (!is_weight_dtype(m->dtype))
     return ms_fail(err, MS_EDTYPE, "%s: got %s, expected float32, bfloat16 or float16", name,
                    ms_dtype_name(m->dtype));
@@ -147,8 +153,10 @@ static ms_status check_matrix(const char *name, const ms_matrix *m, int64_t rows
 
 static ms_status check_bias(const char *name, const void *bias, bool wanted, ms_error *err) {
   if ((bias != NULL) == wanted) return MS_OK;
-  return ms_fail(err, MS_EINVAL, wanted ? "%s: missing, these experts have one"
-                                        : "%s: unexpected, these experts were made without one", name);
+  return ms_fail(err, MS_EINVAL,
+                 wanted ? "%s: missing, these experts have one"
+                        : "%s: unexpected, these experts were made without one",
+                 name);
 }
 
 static ms_status check_expert(const ms_experts *x, int32_t e, ms_error *err) {
@@ -156,15 +164,16 @@ static ms_status check_expert(const ms_experts *x, int32_t e, ms_error *err) {
   return ms_fail(err, MS_EINVAL, "expert: got %d, expected 0 to %d", e, x->spec.E - 1);
 }
 
-ms_status ms_experts_pack(ms_experts *x, int32_t e, int64_t first, int64_t count, const ms_matrix *w_in,
-                          const ms_matrix *w_out, const void *b_in, const void *b_out, ms_dtype bias,
-                          ms_error *err) {
+ms_status ms_experts_pack(ms_experts *x, int32_t e, int64_t first, int64_t count,
+                          const ms_matrix *w_in, const ms_matrix *w_out, const void *b_in,
+                          const void *b_out, ms_dtype bias, ms_error *err) {
   const ms_experts_spec *spec = &x->spec;
   MS_TRY(check_expert(x, e, err));
   const ms_slice *s = &x->slices[e];
   int64_t halves = spec->gated ? 2 : 1;
   if (s->width && (first < 0 || first > s->start || first + count < s->start + s->width))
-    return ms_fail(err, MS_ESHAPE, "expert %d: sources hold columns [%lld, %lld), this rank needs [%lld, %lld)", e,
+    return ms_fail(err, MS_ESHAPE,
+                   "expert %d: sources hold columns [%lld, %lld), this rank needs [%lld, %lld)", e,
                    (long long)first, (long long)(first + count), (long long)s->start,
                    (long long)(s->start + s->width));
   MS_TRY(check_matrix("w_in", w_in, halves * count, spec->D, err));
@@ -172,17 +181,20 @@ ms_status ms_experts_pack(ms_experts *x, int32_t e, int64_t first, int64_t count
   MS_TRY(check_bias("b_in", b_in, spec->has_b_in, err));
   MS_TRY(check_bias("b_out", b_out, spec->has_b_out, err));
   if (!is_weight_dtype(bias))
-    return ms_fail(err, MS_EDTYPE, "bias: got %s, expected float32, bfloat16 or float16", ms_dtype_name(bias));
+    return ms_fail(err, MS_EDTYPE, "bias: got %s, expected float32, bfloat16 or float16",
+                   ms_dtype_name(bias));
   if (!s->width) return MS_OK;
 
   int64_t skip = s->start - first;
   for (int64_t half = 0; half < halves; half++) { // gate, up
-    pack_rows(x, w_in, half * count + skip, s->width, 0, spec->D, (char *)s->w_in + half * x->in_panel_bytes,
-              halves * x->in_panel_bytes);
+    pack_rows(x, w_in, half * count + skip, s->width, 0, spec->D,
+              (char *)s->w_in + half * x->in_panel_bytes, halves * x->in_panel_bytes);
     if (s->b_in)
-      pack_bias(b_in, bias, half * count + skip, s->width, (float *)s->b_in + half * MS_PANEL, halves * MS_PANEL);
+      pack_bias(b_in, bias, half * count + skip, s->width, (float *)s->b_in + half * MS_PANEL,
+                halves * MS_PANEL);
   }
-  pack_rows(x, w_out, 0, spec->D, skip, s->width, (char *)s->w_out, ms_panel_bytes(spec->storage, s->width));
+  pack_rows(x, w_out, 0, spec->D, skip, s->width, (char *)s->w_out,
+            ms_panel_bytes(spec->storage, s->width));
   if (s->b_out) {
     ms_matrix m = {.data = b_out, .dtype = bias, .row_stride = 1, .col_stride = 1};
     float panel[MS_PANEL];
@@ -195,16 +207,16 @@ ms_status ms_experts_pack(ms_experts *x, int32_t e, int64_t first, int64_t count
   return MS_OK;
 }
 
-ms_status ms_experts_unpack(const ms_experts *x, int32_t e, void *w_in, void *w_out, float *b_in, float *b_out,
-                            ms_error *err) {
+ms_status ms_experts_unpack(const ms_experts *x, int32_t e, void *w_in, void *w_out, float *b_in,
+                            float *b_out, ms_error *err) {
   const ms_experts_spec *spec = &x->spec;
   MS_TRY(check_expert(x, e, err));
   const ms_slice *s = &x->slices[e];
   int64_t halves = spec->gated ? 2 : 1, size = ms_dtype_size(spec->storage);
   for (int64_t half = 0; half < halves && s->width; half++) {
     if (w_in)
-      unpack_rows(x, s->w_in + half * x->in_panel_bytes, halves * x->in_panel_bytes, s->width, spec->D,
-                  (char *)w_in + half * s->width * spec->D * size);
+      unpack_rows(x, s->w_in + half * x->in_panel_bytes, halves * x->in_panel_bytes, s->width,
+                  spec->D, (char *)w_in + half * s->width * spec->D * size);
     for (int64_t j = 0; b_in && s->b_in && j < s->width; j++)
       b_in[half * s->width + j] = s->b_in[(j / MS_PANEL * halves + half) * MS_PANEL + j % MS_PANEL];
   }

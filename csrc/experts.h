@@ -7,7 +7,8 @@
 
 typedef struct ms_slice { // this rank's columns [start, start + width) of one expert
   int64_t start, width;
-  int32_t in_panels;  // of the first matrix (K = D): one each 16 columns; gated: gate panel, up panel, alternating
+  int32_t
+      in_panels; // of the first matrix (K = D): one each 16 columns; gated: gate panel, up panel, alternating
   int32_t out_panels; // of the second (K = width): one each 16 outputs
   const char *w_in, *w_out;
   const float *b_in;  // [in_panels * 16], in panel order; NULL without

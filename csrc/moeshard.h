@@ -42,9 +42,9 @@ extern "C" {
 // ---- chapter 0: conventions -------------------------------------------------------------------
 
 #define MS_MAX_RANKS 1024
-#define MS_MAX_CHOICES 64      // K at most
-#define MS_MAX_EXPERTS 65536   // E at most
-#define MS_PANEL 16            // columns per packed panel: one cache line of fp32, one AVX-512 register
+#define MS_MAX_CHOICES 64    // K at most
+#define MS_MAX_EXPERTS 65536 // E at most
+#define MS_PANEL 16 // columns per packed panel: one cache line of fp32, one AVX-512 register
 
 typedef enum ms_status {
   MS_OK = 0,
@@ -80,8 +80,8 @@ ms_status ms_fail(ms_error *err, ms_status code, const char *format, ...)
   } while (0)
 
 typedef enum ms_dtype { MS_F32 = 0, MS_BF16, MS_F16, MS_I32, MS_I64 } ms_dtype;
-int64_t ms_dtype_size(ms_dtype dtype);       // bytes
-const char *ms_dtype_name(ms_dtype dtype);   // "float32", "bfloat16", ...
+int64_t ms_dtype_size(ms_dtype dtype);     // bytes
+const char *ms_dtype_name(ms_dtype dtype); // "float32", "bfloat16", ...
 
 typedef enum ms_activation {
   MS_IDENTITY = 0,
@@ -104,8 +104,8 @@ const char *const *ms_isa_available(void);
 // One pool serves one call at a time; concurrent calls are serialised.
 typedef struct ms_threads ms_threads;
 ms_status ms_threads_create(int32_t count, ms_threads **out, ms_error *err);
-void ms_threads_free(ms_threads *threads);  // NULL is legal
-int32_t ms_threads_count(const ms_threads *threads);  // 1 for NULL
+void ms_threads_free(ms_threads *threads);           // NULL is legal
+int32_t ms_threads_count(const ms_threads *threads); // 1 for NULL
 // Run work(context, i) for i in [0, units), handed out in order from one counter; returns when all are done.
 // `thread` is in [0, count). Safe after fork (workers are started again in the child).
 // Cost: no allocation; about 1 us when the workers are awake, a futex wake when they sleep.
@@ -130,17 +130,19 @@ void ms_plan_free(ms_plan *plan); // frees what the struct owns and zeroes it; z
 // with e, so that a rank's sum over experts is balanced too.
 // Cost: O(R*E). Errors: MS_EINVAL R, E, F < 1 or a speed that is not positive and finite; MS_ENOMEM.
 // Source: arXiv 2503.08467 section 3 (even widths); deviation: ragged and weighted widths.
-ms_status ms_plan_shard(int32_t R, int32_t E, int64_t F, const double *speed, ms_plan *out, ms_error *err);
+ms_status ms_plan_shard(int32_t R, int32_t E, int64_t F, const double *speed, ms_plan *out,
+                        ms_error *err);
 
 // Expert parallelism: owner[e] has [0, F), the others [0, 0). owner NULL: contiguous blocks of experts.
 // Cost: O(R*E). Errors: MS_EINVAL as above or an owner outside 0..R-1; MS_ENOMEM.
-ms_status ms_plan_expert_parallel(int32_t R, int32_t E, int64_t F, const int32_t *owner, ms_plan *out,
-                                  ms_error *err);
+ms_status ms_plan_expert_parallel(int32_t R, int32_t E, int64_t F, const int32_t *owner,
+                                  ms_plan *out, ms_error *err);
 
 // Groups of `group` consecutive ranks own contiguous blocks of experts and cut them evenly inside the group.
 // group = R is the shard layout, group = 1 expert parallelism.
 // Cost: O(R*E). Errors: MS_EINVAL as above or R not a multiple of group; MS_ENOMEM.
-ms_status ms_plan_hybrid(int32_t R, int32_t E, int64_t F, int32_t group, ms_plan *out, ms_error *err);
+ms_status ms_plan_hybrid(int32_t R, int32_t E, int64_t F, int32_t group, ms_plan *out,
+                         ms_error *err);
 
 // Check that every column of every expert is held by exactly copies[e] ranks and lies in [0, F).
 // Cost: O(E * R log R), allocates O(R). Errors: MS_EINVAL naming expert, column and owners found.
@@ -163,11 +165,11 @@ typedef struct ms_matrix { // a strided view of a weight matrix; strides in elem
 typedef struct ms_experts_spec {
   int32_t E;
   int64_t D, F;
-  ms_dtype storage;           // of the packed weights: MS_F32, MS_BF16, MS_F16
+  ms_dtype storage; // of the packed weights: MS_F32, MS_BF16, MS_F16
   ms_activation activation;
-  bool gated;                 // y = act(x W_gate^T) * (x W_up^T): w_in holds the gate rows, then the up rows
+  bool gated; // y = act(x W_gate^T) * (x W_up^T): w_in holds the gate rows, then the up rows
   bool has_b_in, has_b_out;
-  const int64_t *columns;     // [E][2] this rank's row of the plan (copied)
+  const int64_t *columns; // [E][2] this rank's row of the plan (copied)
 } ms_experts_spec;
 
 typedef struct ms_experts ms_experts;
@@ -175,9 +177,9 @@ typedef struct ms_experts ms_experts;
 // Reserve packed memory for all experts (pages are touched only by ms_experts_pack).
 // Errors: MS_EINVAL a dimension or column range; MS_ENOMEM.
 ms_status ms_experts_create(const ms_experts_spec *spec, ms_experts **out, ms_error *err);
-void ms_experts_free(ms_experts *experts); // NULL is legal
+void ms_experts_free(ms_experts *experts);                             // NULL is legal
 const ms_experts_spec *ms_experts_get_spec(const ms_experts *experts); // borrowed
-int64_t ms_experts_bytes(const ms_experts *experts);                    // packed bytes of this rank
+int64_t ms_experts_bytes(const ms_experts *experts);                   // packed bytes of this rank
 
 // Pack expert e from full matrices or from slices: the sources hold hidden columns [first, first + count).
 //   w_in   [count, D] (gated: [2*count, D], gate rows first)      b_in   [count] ([2*count]) or NULL
@@ -193,8 +195,8 @@ ms_status ms_experts_pack(ms_experts *experts, int32_t e, int64_t first, int64_t
 // The inverse: this rank's columns of expert e in `storage` dtype, contiguous, as packed
 // (bit for bit what was packed when the dtypes are equal). Any destination may be NULL.
 //   w_in [Fr, D] (gated [2*Fr, D])   w_out [D, Fr]   b_in [Fr] ([2*Fr]) float32   b_out [D] float32
-ms_status ms_experts_unpack(const ms_experts *experts, int32_t e, void *w_in, void *w_out, float *b_in,
-                            float *b_out, ms_error *err);
+ms_status ms_experts_unpack(const ms_experts *experts, int32_t e, void *w_in, void *w_out,
+                            float *b_in, float *b_out, ms_error *err);
 
 // ---- the batch: one forward pass, filled step by step ---------------------------------------------
 // Grows to the largest shape seen and never shrinks: no allocation in the steady state.
@@ -204,35 +206,35 @@ typedef struct ms_batch {
   // route (this rank's tokens)
   int64_t T, D;
   int32_t K, E;
-  ms_dtype dtype;        // of hidden and out: MS_F32, MS_BF16, MS_F16
-  const void *hidden;    // [T, D] contiguous, borrowed until combine returns
-  void *out;             // [T, D] contiguous, written by combine; NULL: nothing is combined
-  int32_t *expert;       // [T, K] owned: expert of each slot; -1 = no expert
-  float *weight;         // [T, K] owned
-  int64_t layer;         // which layer this is, compared between ranks
-  bool replicated;       // all ranks hold the same tokens: nothing is gathered, out = sum over ranks
+  ms_dtype dtype;     // of hidden and out: MS_F32, MS_BF16, MS_F16
+  const void *hidden; // [T, D] contiguous, borrowed until combine returns
+  void *out;          // [T, D] contiguous, written by combine; NULL: nothing is combined
+  int32_t *expert;    // [T, K] owned: expert of each slot; -1 = no expert
+  float *weight;      // [T, K] owned
+  int64_t layer;      // which layer this is, compared between ranks
+  bool replicated;    // all ranks hold the same tokens: nothing is gathered, out = sum over ranks
 
   // gather (all ranks' tokens; N = T when replicated or alone)
   int32_t R, rank;
   int64_t N;
-  int64_t *first;        // [R+1] owned: rank r's tokens are rows [first[r], first[r+1])
-  const void **row;      // [N] owned: each token's D values, wherever they lie
-  int32_t *all_expert;   // [N, K]
-  float *all_weight;     // [N, K]
-  float *partial;        // [N, D] where this rank's partial outputs go (memory of the exchange)
+  int64_t *first;      // [R+1] owned: rank r's tokens are rows [first[r], first[r+1])
+  const void **row;    // [N] owned: each token's D values, wherever they lie
+  int32_t *all_expert; // [N, K]
+  float *all_weight;   // [N, K]
+  float *partial;      // [N, D] where this rank's partial outputs go (memory of the exchange)
 
   // group
-  int64_t *offset;       // [E+1] owned: expert e has slots order[offset[e] .. offset[e+1])
-  int32_t *order;        // [N*K] owned: slot = token * K + choice, by expert, stable
+  int64_t *offset; // [E+1] owned: expert e has slots order[offset[e] .. offset[e+1])
+  int32_t *order;  // [N*K] owned: slot = token * K + choice, by expert, stable
 
   // ffn
-  float *slot;           // [N*K, D] each choice's own output; K = 1: the same memory as partial
+  float *slot; // [N*K, D] each choice's own output; K = 1: the same memory as partial
 
   struct ms_batch_memory *memory; // what the pointers above point into (private)
 } ms_batch;
 
 ms_status ms_batch_create(ms_batch **out, ms_error *err);
-void ms_batch_free(ms_batch *batch); // NULL is legal
+void ms_batch_free(ms_batch *batch);           // NULL is legal
 int64_t ms_batch_bytes(const ms_batch *batch); // memory held
 
 // ---- chapter X: exchange ---------------------------------------------------------------------------
@@ -265,10 +267,11 @@ ms_status ms_exchange_refuse(ms_exchange *exchange, const char *msg, ms_error *e
 
 // What ranks tell each other before a call, and check alike on all of them.
 typedef struct ms_header {
-  uint64_t call;     // number of this call on this exchange
+  uint64_t call; // number of this call on this exchange
   int64_t layer, T, D, K, E;
   int32_t dtype, replicated;
-  uint64_t digest;   // of the routing, when replicated (0 otherwise): the same tokens must be the same
+  uint64_t
+      digest; // of the routing, when replicated (0 otherwise): the same tokens must be the same
 } ms_header;
 
 void ms_header_fill(const ms_batch *batch, uint64_t call, ms_header *out);
@@ -285,8 +288,8 @@ ms_status ms_header_check(const ms_header *headers, int32_t R, ms_error *err);
 // Errors: MS_EINVAL; MS_EDTYPE; MS_ERANGE an index outside -1..E-1 or a weight that is not finite
 // (says token, choice and value; the weight of a -1 slot is not looked at).
 ms_status ms_route(ms_batch *batch, const void *hidden, ms_dtype dtype, const void *index,
-                   ms_dtype index_dtype, const void *weight, ms_dtype weight_dtype, int64_t T, int64_t D,
-                   int32_t K, int32_t E, void *out, ms_error *err);
+                   ms_dtype index_dtype, const void *weight, ms_dtype weight_dtype, int64_t T,
+                   int64_t D, int32_t K, int32_t E, void *out, ms_error *err);
 
 // ---- chapter 2: gather ------------------------------------------------------------------------------
 // All-gather tokens and choices. Index and weight travel with the tokens; every rank recounts them itself.
@@ -298,8 +301,9 @@ ms_status ms_gather(ms_batch *batch, ms_exchange *exchange, ms_error *err);
 //   tokens  [R] tokens of each rank;  hidden [N, D], index [N, K], weight [N, K]: rank order, contiguous,
 //   borrowed until the next ms_route.
 // Errors: MS_EINVAL tokens[rank] != T; MS_ENOMEM.
-ms_status ms_gather_from(ms_batch *batch, int32_t rank, int32_t R, const int64_t *tokens, const void *hidden,
-                         const int32_t *index, const float *weight, ms_error *err);
+ms_status ms_gather_from(ms_batch *batch, int32_t rank, int32_t R, const int64_t *tokens,
+                         const void *hidden, const int32_t *index, const float *weight,
+                         ms_error *err);
 
 // ---- chapter 3: group --------------------------------------------------------------------------------
 // Sort the slots by expert: one stable counting sort. Tokens are not moved.
@@ -324,17 +328,18 @@ ms_status ms_combine(ms_batch *batch, ms_exchange *exchange, ms_threads *threads
 // The two halves for a caller's own transport: sum the choices into batch->partial [N, D], and
 // out[t] = sum_r parts[r][t] over parts [R, T, D] float32 in rank order.
 ms_status ms_combine_choices(ms_batch *batch, ms_threads *threads, ms_error *err);
-ms_status ms_combine_ranks(ms_batch *batch, const float *const *parts, int32_t R, ms_threads *threads,
-                           ms_error *err);
+ms_status ms_combine_ranks(ms_batch *batch, const float *const *parts, int32_t R,
+                           ms_threads *threads, ms_error *err);
 
 // ---- the slow twins --------------------------------------------------------------------------------------
 // reference.c: the formula at the top of this file, in double, one token at a time. For tests.
 //   w_in [E, F, D] ([E, 2F, D]), w_out [E, D, F], b_in [E, F] ([E, 2F]) or NULL, b_out [E, D] or NULL: float32
-void ms_reference_layer(const float *hidden, const int32_t *index, const float *weight, int64_t T, int64_t D,
-                        int32_t K, int32_t E, int64_t F, const float *w_in, const float *w_out,
-                        const float *b_in, const float *b_out, ms_activation activation, bool gated,
-                        double *out);
-void ms_reference_group(const int32_t *index, int64_t slots, int32_t E, int64_t *offset, int32_t *order);
+void ms_reference_layer(const float *hidden, const int32_t *index, const float *weight, int64_t T,
+                        int64_t D, int32_t K, int32_t E, int64_t F, const float *w_in,
+                        const float *w_out, const float *b_in, const float *b_out,
+                        ms_activation activation, bool gated, double *out);
+void ms_reference_group(const int32_t *index, int64_t slots, int32_t E, int64_t *offset,
+                        int32_t *order);
 
 #ifdef __cplusplus
 }

@@ -27,9 +27,10 @@ static double dot(const float *a, const float *b, int64_t n) {
   return sum;
 }
 
-void ms_reference_layer(const float *hidden, const int32_t *index, const float *weight, int64_t T, int64_t D,
-                        int32_t K, int32_t E, int64_t F, const float *w_in, const float *w_out, const float *b_in,
-                        const float *b_out, ms_activation activation, bool gated, double *out) {
+void ms_reference_layer(const float *hidden, const int32_t *index, const float *weight, int64_t T,
+                        int64_t D, int32_t K, int32_t E, int64_t F, const float *w_in,
+                        const float *w_out, const float *b_in, const float *b_out,
+                        ms_activation activation, bool gated, double *out) {
   (void)E;
   int64_t rows = gated ? 2 * F : F; // of w_in, per expert
   double *h = malloc((size_t)(F > 0 ? F : 1) * sizeof *h);
@@ -40,9 +41,12 @@ void ms_reference_layer(const float *hidden, const int32_t *index, const float *
       int64_t e = index[t * K + j];
       if (e < 0) continue;
       for (int64_t f = 0; f < F; f++) {
-        double first = dot(x, w_in + (e * rows + f) * D, D) + (b_in ? (double)b_in[e * rows + f] : 0);
+        double first =
+            dot(x, w_in + (e * rows + f) * D, D) + (b_in ? (double)b_in[e * rows + f] : 0);
         h[f] = activate(activation, first);
-        if (gated) h[f] *= dot(x, w_in + (e * rows + F + f) * D, D) + (b_in ? (double)b_in[e * rows + F + f] : 0);
+        if (gated)
+          h[f] *= dot(x, w_in + (e * rows + F + f) * D, D) +
+                  (b_in ? (double)b_in[e * rows + F + f] : 0);
       }
       for (int64_t d = 0; d < D; d++) {
         double y = b_out ? (double)b_out[e * D + d] : 0;
@@ -54,7 +58,8 @@ void ms_reference_layer(const float *hidden, const int32_t *index, const float *
   free(h);
 }
 
-void ms_reference_group(const int32_t *index, int64_t slots, int32_t E, int64_t *offset, int32_t *order) {
+void ms_reference_group(const int32_t *index, int64_t slots, int32_t E, int64_t *offset,
+                        int32_t *order) {
   int64_t n = 0;
   for (int32_t e = 0; e < E; e++) {
     offset[e] = n;

@@ -33,7 +33,8 @@ static ms_status import_index_i64(const void *index, int64_t n, int32_t K, int32
   IMPORT_INDEX(int64_t)
 }
 
-static ms_status check_weights(const float *weight, const int32_t *expert, int64_t n, int32_t K, ms_error *err) {
+static ms_status check_weights(const float *weight, const int32_t *expert, int64_t n, int32_t K,
+                               ms_error *err) {
   for (int64_t i = 0; i < n; i++)
     if (expert[i] >= 0 && !isfinite(weight[i]))
       return ms_fail(err, MS_ERANGE, "top_k_weights[%lld, %lld]: got %g, expected a finite number",
@@ -41,7 +42,8 @@ static ms_status check_weights(const float *weight, const int32_t *expert, int64
   return MS_OK;
 }
 
-static ms_status import_weights(const void *weight, ms_dtype dtype, int64_t n, float *to, ms_error *err) {
+static ms_status import_weights(const void *weight, ms_dtype dtype, int64_t n, float *to,
+                                ms_error *err) {
   const ms_kernels *kernels = ms_kernels_get();
   switch (dtype) {
   case MS_F32:
@@ -61,22 +63,25 @@ static ms_status import_weights(const void *weight, ms_dtype dtype, int64_t n, f
                  ms_dtype_name(dtype));
 }
 
-ms_status ms_route(ms_batch *batch, const void *hidden, ms_dtype dtype, const void *index, ms_dtype index_dtype,
-                   const void *weight, ms_dtype weight_dtype, int64_t T, int64_t D, int32_t K, int32_t E,
-                   void *out, ms_error *err) {
+ms_status ms_route(ms_batch *batch, const void *hidden, ms_dtype dtype, const void *index,
+                   ms_dtype index_dtype, const void *weight, ms_dtype weight_dtype, int64_t T,
+                   int64_t D, int32_t K, int32_t E, void *out, ms_error *err) {
   struct ms_batch_memory *memory = batch->memory;
+  *batch = (ms_batch){.memory = memory}; // a failed route leaves nothing of an earlier one
   if (T < 0 || D < 1)
-    return ms_fail(err, MS_ESHAPE, "hidden_states: got [%lld, %lld], expected [T >= 0, D >= 1]", (long long)T,
-                   (long long)D);
+    return ms_fail(err, MS_ESHAPE, "hidden_states: got [%lld, %lld], expected [T >= 0, D >= 1]",
+                   (long long)T, (long long)D);
   if (K < 0 || K > MS_MAX_CHOICES)
-    return ms_fail(err, MS_ESHAPE, "top_k_index: got K=%d choices, expected 0 to %d", K, MS_MAX_CHOICES);
+    return ms_fail(err, MS_ESHAPE, "top_k_index: got K=%d choices, expected 0 to %d", K,
+                   MS_MAX_CHOICES);
   if (E < 1 || E > MS_MAX_EXPERTS)
     return ms_fail(err, MS_EINVAL, "num_experts: got %d, expected 1 to %d", E, MS_MAX_EXPERTS);
   if (dtype != MS_F32 && dtype != MS_BF16 && dtype != MS_F16)
     return ms_fail(err, MS_EDTYPE, "hidden_states: got %s, expected float32, bfloat16 or float16",
                    ms_dtype_name(dtype));
   if (index_dtype != MS_I32 && index_dtype != MS_I64)
-    return ms_fail(err, MS_EDTYPE, "top_k_index: got %s, expected int32 or int64", ms_dtype_name(index_dtype));
+    return ms_fail(err, MS_EDTYPE, "top_k_index: got %s, expected int32 or int64",
+                   ms_dtype_name(index_dtype));
 
   int64_t n = T * K;
   MS_TRY(ms_buffer_grow(&memory->expert, n * (int64_t)sizeof(int32_t), "top_k_index", err));

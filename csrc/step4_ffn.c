@@ -21,7 +21,9 @@
 enum {
   WAVE_ROWS = 1024,
   TASK_ROWS = 256, // a task's accumulators: 64 KiB
-  K_BLOCK = 384,   // 4 panels: 96 KiB of fp32 weights, twice (in use and on the way) in the L2 cache; even for bf16
+  K_BLOCK =
+      384, // 4 panels: 96 KiB of fp32 weights, twice (in use and on the way) in the L2 cache; even for bf16.
+           // Part of the numerics: where sums are cut (kernels.h), so the same for every shape
   ACC_STRIDE = MS_TILE_PANELS * MS_PANEL
 };
 
@@ -70,7 +72,8 @@ static weights task_weights(const wave *w, int64_t i) {
   const ms_slice *s = &w->experts->slices[w->segments[t->segment].expert];
   bool first = i < w->first_tasks;
   weights m = {.K = first ? w->batch->D : s->width};
-  m.stride = first ? w->experts->in_panel_bytes : ms_panel_bytes(w->experts->spec.storage, s->width);
+  m.stride =
+      first ? w->experts->in_panel_bytes : ms_panel_bytes(w->experts->spec.storage, s->width);
   m.panel = (first ? s->w_in : s->w_out) + t->panel * m.stride;
   int32_t left = (first ? s->in_panels : s->out_panels) - t->panel;
   m.panels = left < MS_TILE_PANELS ? left : MS_TILE_PANELS;
@@ -83,7 +86,8 @@ static int64_t block_end(int64_t k0, int64_t K) { return k0 + K_BLOCK < K ? k0 +
 static weights multiply(const wave *w, int64_t i, const float *const *left, float *acc) {
   weights m = task_weights(w, i), next = {0};
   if (i + w->threads < w->all_tasks) next = task_weights(w, i + w->threads);
-  ms_tile tile = {.a = left, .rows = w->tasks[i].rows, .b_stride = m.stride, .panels = m.panels, .acc = acc};
+  ms_tile tile = {
+      .a = left, .rows = w->tasks[i].rows, .b_stride = m.stride, .panels = m.panels, .acc = acc};
   int64_t k0 = 0;
   do {
     tile.k0 = k0;
@@ -113,8 +117,9 @@ static void run_first(void *context, int64_t i, int32_t thread) {
   int64_t row = s->base + t->row;
   weights m = multiply(w, i, w->input + row, acc);
   int64_t column = (int64_t)t->panel * MS_PANEL / (spec->gated ? 2 : 1);
-  w->kernels->activate(spec->activation, spec->gated, acc, b_in ? b_in + (int64_t)t->panel * MS_PANEL : NULL, t->rows,
-                       m.panels, w->h + row * w->h_stride + column, w->h_stride);
+  w->kernels->activate(spec->activation, spec->gated, acc,
+                       b_in ? b_in + (int64_t)t->panel * MS_PANEL : NULL, t->rows, m.panels,
+                       w->h + row * w->h_stride + column, w->h_stride);
 }
 
 static void run_second(void *context, int64_t unit, int32_t thread) {
@@ -126,7 +131,8 @@ static void run_second(void *context, int64_t unit, int32_t thread) {
   float *acc = w->scratch + (int64_t)thread * TASK_ROWS * ACC_STRIDE;
   int64_t row = s->base + t->row, column = (int64_t)t->panel * MS_PANEL;
   weights m = multiply(w, i, w->middle + row, acc);
-  int64_t columns = w->batch->D - column < m.panels * MS_PANEL ? w->batch->D - column : m.panels * MS_PANEL;
+  int64_t columns =
+      w->batch->D - column < m.panels * MS_PANEL ? w->batch->D - column : m.panels * MS_PANEL;
   float *to[TASK_ROWS];
   for (int32_t r = 0; r < t->rows; r++) to[r] = w->output[row + r] + column;
   w->kernels->scatter(acc, b_out ? b_out + column : NULL, w->weight + row, t->rows, columns, to);
@@ -145,7 +151,9 @@ static void run_widen(void *context, int64_t i, int32_t thread) {
     w->kernels->widen_f16(from, to, b->D);
 }
 
-static int64_t cut(int64_t n, int64_t most) { return (n + most - 1) / most; } // pieces of at most `most`
+static int64_t cut(int64_t n, int64_t most) {
+  return (n + most - 1) / most;
+} // pieces of at most `most`
 
 // Tasks of one phase for one segment: by panels, then by rows, so that neighbours share weights.
 static int64_t add_tasks(task *tasks, int32_t segment_index, int64_t rows, int32_t panels) {
@@ -154,7 +162,8 @@ static int64_t add_tasks(task *tasks, int32_t segment_index, int64_t rows, int32
     for (int64_t piece = 0; piece < pieces; piece++, n++)
       if (tasks) {
         int64_t row = rows * piece / pieces;
-        tasks[n] = (task){segment_index, panel, (int32_t)row, (int32_t)(rows * (piece + 1) / pieces - row)};
+        tasks[n] = (task){segment_index, panel, (int32_t)row,
+                          (int32_t)(rows * (piece + 1) / pieces - row)};
       }
   return n;
 }
@@ -163,7 +172,8 @@ static int64_t add_phase(const wave *w, task *tasks, bool first) {
   int64_t n = 0;
   for (int64_t i = 0; i < w->segment_count; i++) {
     const ms_slice *s = &w->experts->slices[w->segments[i].expert];
-    n += add_tasks(tasks ? tasks + n : NULL, (int32_t)i, w->segments[i].rows, first ? s->in_panels : s->out_panels);
+    n += add_tasks(tasks ? tasks + n : NULL, (int32_t)i, w->segments[i].rows,
+                   first ? s->in_panels : s->out_panels);
   }
   return n;
 }
@@ -211,7 +221,8 @@ static ms_status reserve(wave *w, ms_batch *batch, ms_error *err) {
   // input, middle, output, weight and the segments share one buffer.
   int64_t pointers = rows * (int64_t)sizeof(void *);
   int64_t segments = (rows < batch->E ? rows : batch->E) * (int64_t)sizeof(segment);
-  MS_TRY(ms_buffer_grow(&memory->input, 3 * pointers + segments + rows * (int64_t)sizeof(float), "row pointers", err));
+  MS_TRY(ms_buffer_grow(&memory->input, 3 * pointers + segments + rows * (int64_t)sizeof(float),
+                        "row pointers", err));
   char *at = memory->input.data;
   w->input = (const float **)at;
   w->middle = (const float **)(at + pointers);
@@ -220,16 +231,19 @@ static ms_status reserve(wave *w, ms_batch *batch, ms_error *err) {
   w->weight = (float *)(at + 3 * pointers + segments);
 
   int64_t widened = batch->dtype == MS_F32 ? 0 : rows * batch->D;
-  MS_TRY(ms_buffer_grow(&memory->hidden, (rows * w->h_stride + widened) * (int64_t)sizeof(float), "ffn rows", err));
+  MS_TRY(ms_buffer_grow(&memory->hidden, (rows * w->h_stride + widened) * (int64_t)sizeof(float),
+                        "ffn rows", err));
   w->h = memory->hidden.data;
   w->widened = w->h + rows * w->h_stride;
-  MS_TRY(ms_buffer_grow(&memory->scratch, w->threads * (int64_t)(TASK_ROWS * ACC_STRIDE * sizeof(float)),
+  MS_TRY(ms_buffer_grow(&memory->scratch,
+                        w->threads * (int64_t)(TASK_ROWS * ACC_STRIDE * sizeof(float)),
                         "accumulators", err));
   w->scratch = memory->scratch.data;
 
   batch->slot = batch->partial;
   if (batch->K > 1) {
-    MS_TRY(ms_buffer_grow(&memory->slot, batch->N * batch->K * batch->D * (int64_t)sizeof(float), "slots", err));
+    MS_TRY(ms_buffer_grow(&memory->slot, batch->N * batch->K * batch->D * (int64_t)sizeof(float),
+                          "slots", err));
     batch->slot = memory->slot.data;
   }
   return MS_OK;
@@ -237,7 +251,8 @@ static ms_status reserve(wave *w, ms_batch *batch, ms_error *err) {
 
 static ms_status plan_tasks(wave *w, ms_batch *batch, ms_error *err) {
   int64_t first = add_phase(w, NULL, true), second = add_phase(w, NULL, false);
-  MS_TRY(ms_buffer_grow(&batch->memory->tasks, (first + second) * (int64_t)sizeof(task), "tasks", err));
+  MS_TRY(ms_buffer_grow(&batch->memory->tasks, (first + second) * (int64_t)sizeof(task), "tasks",
+                        err));
   w->tasks = batch->memory->tasks.data;
   w->first_tasks = add_phase(w, w->tasks, true);
   w->all_tasks = first + add_phase(w, w->tasks + first, false);
@@ -247,8 +262,9 @@ static ms_status plan_tasks(wave *w, ms_batch *batch, ms_error *err) {
 ms_status ms_ffn(ms_batch *batch, const ms_experts *experts, ms_threads *threads, ms_error *err) {
   const ms_experts_spec *spec = &experts->spec;
   if (spec->E != batch->E || spec->D != batch->D)
-    return ms_fail(err, MS_ESHAPE, "experts: got num_experts=%d, d_model=%lld, expected %d, %lld as routed", spec->E,
-                   (long long)spec->D, batch->E, (long long)batch->D);
+    return ms_fail(err, MS_ESHAPE,
+                   "experts: got num_experts=%d, d_model=%lld, expected %d, %lld as routed",
+                   spec->E, (long long)spec->D, batch->E, (long long)batch->D);
   const ms_kernels *kernels = ms_kernels_get();
   wave w = {.batch = batch,
             .experts = experts,

@@ -21,7 +21,7 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
-    from .adapters import Adapter, ExpertWeights, register_adapter
+    from .adapters import Adapter, register_adapter
     from .api import shard, unshard
     from .errors import (
         ArgumentError,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         RankMismatch,
         ShapeError,
     )
+    from .experts import ExpertWeights
     from .functional import PackedExperts, fused_experts, pack
     from .group import Group, init
     from .launcher import Ranks, launch, worker_state
@@ -77,8 +78,9 @@ __all__ = [
 # Files are named so that no public function shares its name with a submodule: importing the submodule would
 # otherwise replace the function.
 _ROOMS = {
-    "adapters": ("Adapter", "ExpertWeights", "register_adapter"),
+    "adapters": ("Adapter", "register_adapter"),
     "api": ("shard", "unshard"),
+    "experts": ("ExpertWeights",),
     "functional": ("PackedExperts", "fused_experts", "pack"),
     "group": ("Group", "init"),
     "launcher": ("Ranks", "launch", "worker_state"),

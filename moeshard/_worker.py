@@ -51,7 +51,7 @@ def main(handle: int) -> None:
     inbox = _Inbox(connection, group.launched.name)
     while (task := inbox.next()) is not None:
         if task == launcher.LEAVE:
-            group.close_default()
+            group.close_all()
         else:
             reply = _execute(task)
             sys.stdout.flush()

@@ -341,7 +341,7 @@ def _collect(original: Original) -> None:
 def _from_all(group: Group, rows: torch.Tensor) -> Sequence[torch.Tensor]:
     """Every rank's rows."""
     gathered = torch.from_numpy(group.gather_rows(rows)).view(rows.dtype)
-    return torch.split(gathered, group.batch.tokens_per_rank.tolist())  # type: ignore[no-untyped-call]
+    return torch.split(gathered, group.batch.tokens_per_rank.tolist())
 
 
 def _return_freed_memory() -> None:

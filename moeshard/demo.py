@@ -119,7 +119,7 @@ def run(options: argparse.Namespace) -> int:
     job = Job(options.model, _config(options, vocabulary), options.seed, _batches(documents, options))
     threads = options.threads or max(1, len(os.sched_getaffinity(0)) // options.ranks)
     sequences, length = job.batches[0][0].shape
-    weights = options.model or f"seeded, not trained (HuggingFace's initialisation, seed {options.seed})"
+    weights = options.model or f"seeded, not trained (seed {options.seed})"
     print(
         f"{options.ranks} ranks, {threads} {'thread' if threads == 1 else 'threads'} each; a forward pass takes "
         f"{sequences} sequences of {length} tokens a rank.\nText: Python's help topics. Weights: {weights}.",

@@ -9,6 +9,7 @@ they are needed, whatever their number, and a failure names the rank. On gloo, 2
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,18 +60,12 @@ class TorchExchange:
         index, weights = batch.routing()
         rows = self._own_rows(batch)
         if not self._header["replicated"]:
-            routing = np.concatenate([index, weights.view(np.int32)], axis=1)
-            all_routing, all_rows = self._from_all(routing.view(np.uint8), rows)
-            index, weights = np.split(all_routing.numpy().view(np.int32), 2, axis=1)
-            rows = all_rows
-        hidden = rows.view(_DTYPES[self._header["dtype"]])
-        batch.gather_from(
-            self.rank,
-            self._tokens,
-            hidden,
-            np.ascontiguousarray(index),
-            np.ascontiguousarray(weights.view(np.float32)),
-        )
+            own = np.concatenate([index, weights.view(np.int32)], axis=1).view(np.uint8)
+            gathered, rows = self._from_all(torch.from_numpy(own), rows)
+            routing = gathered.numpy().view(np.int32)
+            index = np.ascontiguousarray(routing[:, : index.shape[1]])
+            weights = np.ascontiguousarray(routing[:, index.shape[1] :]).view(np.float32)
+        batch.gather_from(self.rank, self._tokens, rows.view(_DTYPES[self._header["dtype"]]), index, weights)
         self._open = True
 
     def combine(self, batch: _core.Batch, /) -> None:
@@ -86,7 +81,9 @@ class TorchExchange:
         self._announce(np.zeros(_WORDS, np.int64))
         if partial is None:
             return
-        shares = [partial] * self.ranks if self._header["replicated"] else list(partial.split(self._tokens.tolist()))
+        shares = (
+            [partial] * self.ranks if self._header["replicated"] else list(torch.split(partial, self._tokens.tolist()))
+        )
         parts = torch.empty((self.ranks, *batch.shape[:2]))
         parts[self.rank] = shares[self.rank]
         self._send([shares], [list(parts)])
@@ -125,13 +122,12 @@ class TorchExchange:
         alone.refuse("only the rows were wanted")
         return torch.from_numpy(rows)
 
-    def _from_all(self, *own: NDArray[np.uint8] | torch.Tensor) -> list[torch.Tensor]:
+    def _from_all(self, *own: torch.Tensor) -> list[torch.Tensor]:
         """For each [T, bytes] of this rank: [N, bytes] of all ranks, in rank order."""
         sends, receives, everything = [], [], []
-        for array in own:
-            mine = torch.as_tensor(array)
+        for mine in own:
             rows = torch.empty((int(self._tokens.sum()), mine.shape[1]), dtype=torch.uint8)
-            parts = list(rows.split(self._tokens.tolist()))
+            parts = list(torch.split(rows, self._tokens.tolist()))
             parts[self.rank].copy_(mine)
             sends.append([mine] * self.ranks)
             receives.append(parts)
@@ -141,7 +137,7 @@ class TorchExchange:
 
     def _send(self, sends: Sequence[Sequence[torch.Tensor]], receives: Sequence[Sequence[torch.Tensor]]) -> None:
         """Send sends[message][rank] to each other rank and fill receives[message][rank]; empty ones do not travel."""
-        pending = []
+        pending: list[tuple[int, Any]] = []
         for step in range(1, self.ranks):  # everybody's neighbour first: no rank is a bottleneck
             for post, side, rank in (
                 (dist.irecv, receives, (self.rank - step) % self.ranks),

@@ -11,6 +11,7 @@ import os
 import secrets
 import socket
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -86,6 +87,7 @@ class Group:
         self._release = release
         self._closed = ""
         self._layers = 0
+        _groups.add(self)
 
     def gather(self, batch: _core.Batch) -> None:
         """Step 2 through the exchange, closing the group when the ranks are out of step afterwards."""
@@ -198,7 +200,9 @@ class Group:
     def check_open(self) -> None:
         """Raise CommError if the group is closed."""
         if self._closed:
-            raise _core.CommError(f"the group is closed ({self._closed}): call moeshard.init() and shard again")
+            raise _core.CommError(
+                f"the group is closed ({self._closed}): moeshard.init() makes a new one, for a model loaded anew"
+            )
 
     @property
     def closed(self) -> bool:
@@ -256,10 +260,11 @@ class Launched:
         return _over_shm(f"{self.name}-{self.groups}", self.rank, self.ranks, timeout)
 
 
-# Which process is which rank is a fact about the process, as torch.distributed's default group is: hence these two
-# globals, and no others. A layer keeps the group it was made with and never looks here.
+# Which process is which rank is a fact about the process, as torch.distributed's default group is: hence these globals,
+# and no others. A layer keeps the group it was made with and never looks here.
 launched: Launched | None = None
 _default: Group | None = None
+_groups: weakref.WeakSet[Group] = weakref.WeakSet()
 
 
 def init(
@@ -303,10 +308,11 @@ def init(
     return _default
 
 
-def close_default() -> None:
-    """Close the default group, so that ranks that lost step start afresh with the next `init`."""
-    if _default is not None:
-        _default.close()
+def close_all() -> None:
+    """Leave every group of more than one rank, so that ranks that wait for this one see it and all start afresh."""
+    for group in list(_groups):
+        if group.size > 1:
+            group.close()
 
 
 def _seconds(timeout: float | None) -> float:

@@ -288,7 +288,7 @@ def unlink_shared_memory(name: str) -> None:
 def dumps(value: object) -> bytes:
     """Pickle anything that cloudpickle can, or what pickle can if that is not installed."""
     try:
-        import cloudpickle
+        import cloudpickle  # type: ignore[import-untyped]
     except ImportError:
         return _plain_dumps(value)
     try:

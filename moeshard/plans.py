@@ -149,12 +149,12 @@ class Plan:
     @property
     def ranks(self) -> int:
         """Number of ranks R."""
-        return self.columns.shape[0]
+        return int(self.columns.shape[0])
 
     @property
     def num_experts(self) -> int:
         """Number of experts E."""
-        return self.columns.shape[1]
+        return int(self.columns.shape[1])
 
     @property
     def digest(self) -> str:

@@ -41,7 +41,8 @@ static ms_status choose(const ms_kernels **out, ms_error *err) {
     *out = entries[i].kernels;
     return MS_OK;
   }
-  return ms_fail(err, MS_EINVAL, "MOESHARD_ISA=%s: expected avx512, avx2 or generic", wanted ? wanted : "");
+  return ms_fail(err, MS_EINVAL, "MOESHARD_ISA=%s: expected avx512, avx2 or generic",
+                 wanted ? wanted : "");
 }
 
 ms_status ms_isa(const char **name, ms_error *err) {

@@ -14,8 +14,7 @@ ms_status ms_buffer_grow(ms_buffer *buffer, int64_t bytes, const char *what, ms_
   int64_t room = bytes + bytes / 8;
   room = (room + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
   void *data = aligned_alloc(ALIGNMENT, (size_t)room);
-  if (!data)
-    return ms_fail(err, MS_ENOMEM, "no memory for %s: %lld bytes", what, (long long)room);
+  if (!data) return ms_fail(err, MS_ENOMEM, "no memory for %s: %lld bytes", what, (long long)room);
   free(buffer->data);
   buffer->data = data;
   buffer->bytes = room;
@@ -30,8 +29,8 @@ void ms_buffer_free(ms_buffer *buffer) {
 ms_status ms_pages_alloc(int64_t bytes, const char *what, void **out, ms_error *err) {
   *out = NULL;
   if (bytes == 0) return MS_OK;
-  void *data =
-      mmap(NULL, (size_t)bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void *data = mmap(NULL, (size_t)bytes, PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (data == MAP_FAILED)
     return ms_fail(err, MS_ENOMEM, "no memory for %s: %lld bytes", what, (long long)bytes);
   madvise(data, (size_t)bytes, MADV_HUGEPAGE); // advice only: small pages work too

@@ -23,11 +23,11 @@ void ms_pages_free(void *data, int64_t bytes); // NULL is legal
 
 // What the pointers of an ms_batch point into. Each step grows its own.
 struct ms_batch_memory {
-  ms_buffer expert, weight;                          // route
-  ms_buffer first, row, all_expert, all_weight;      // gather
-  ms_buffer partial;                                 // gather, when the exchange has no memory of its own
-  ms_buffer offset, order;                           // group
-  ms_buffer slot, tasks, input, hidden, scratch;     // ffn
+  ms_buffer expert, weight;                     // route
+  ms_buffer first, row, all_expert, all_weight; // gather
+  ms_buffer partial;       // gather, when the exchange has no memory of its own
+  ms_buffer offset, order; // group
+  ms_buffer slot, tasks, input, hidden, scratch; // ffn
 };
 
 #endif

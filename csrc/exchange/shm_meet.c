@@ -124,18 +124,15 @@ static ms_status check_quitters(const ms_shm *s, ms_shm_meeting at, ms_error *er
   return MS_OK;
 }
 
-// A peer that left or died, when its part of the call is still to come. Whoever has posted the
-// combine may go: its partials are there.
+// A peer that left or died.
 static ms_status check_absent(const ms_shm *s, ms_shm_meeting at, bool probe, ms_error *err) {
-  bool last = at == MS_SHM_COMBINE && s->base.call > 0;
   char where[PLACE];
   for (int32_t r = 0; r < s->base.R; r++) {
     const ms_shm_peer *p = &s->peers[r];
     if (!p->ready || r == s->base.rank) continue;
-    bool dead = probe && !ms_shm_is_alive(s, p);
-    // In this order: a rank posts, then leaves, then dies.
+    bool dead = probe && !ms_shm_is_alive(s, p); // asked first: leaving comes before dying
     bool left = atomic_load_explicit(&p->control->left, memory_order_acquire) == MS_SHM_CLOSED;
-    if (!(dead || left) || (last && reaches(load_stage(p), stage_of(s, at)))) continue;
+    if (!dead && !left) continue;
     place(s, at, where);
     return ms_fail(err, MS_ELOST, "rank %d (pid %" PRId64 ") %s %s", r, p->control->pid,
                    left ? "left" : "died", where);
@@ -167,7 +164,7 @@ ms_status ms_shm_look(ms_shm *s, ms_shm_meeting at, int32_t awaited, ms_shm_watc
   if (thorough) watch->next = time + LOOK_NS;
   if (check_quitters(s, at, err) != MS_OK) return ms_shm_give_up(s, true, err);
   if (check_absent(s, at, thorough, err) != MS_OK) {
-    // It may have met all here before it went, and so has the awaited rank.
+    // It may have met all here and gone then, as after a last call; so the awaited rank is here.
     bool met = awaited >= 0 && reaches(load_stage(&s->peers[awaited]), stage_of(s, at));
     return met ? MS_OK : ms_shm_give_up(s, false, err);
   }

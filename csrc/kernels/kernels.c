@@ -10,7 +10,9 @@
 // there are enough independent sums to cover the FMA latency and four streams of weights when few tokens are there.
 // k is not unrolled and all indices into the tile are constants: else gcc 12 keeps the tile on the stack.
 //
-// Each output is one chain of FMAs in k order, whatever the tile: a token's bits do not depend on its neighbours.
+// Each output is, per block of k, one chain of FMAs in k order from zero, and the sum of the blocks in their order,
+// whatever the tile: a token's bits do not depend on its neighbours. One chain over all of k would lose more: at
+// K = 3072 the error of a layer was 2.1e-6 of its largest output, with blocks of 384 it is below 1e-6.
 //
 // Cost of a tile per k: rows x panels x 16 / VW FMAs, as many loads as panels x 16 / VW + rows.
 // While a tile is computed, its share of what is read next is prefetched, one line of each panel in turn: one stream
@@ -30,10 +32,11 @@
 #define TEXT(a) TEXT_(a)
 
 enum {
-  PV = MS_PANEL / VW,                         // vectors in a panel row
-  ACC_STRIDE = MS_TILE_PANELS * MS_PANEL,     // floats
+  PV = MS_PANEL / VW,                     // vectors in a panel row
+  ACC_STRIDE = MS_TILE_PANELS * MS_PANEL, // floats
   MAX_ROWS = 6,
-  PREFETCH_STEP = 8, // k between bursts of prefetches: the share of one step fits the line-fill buffers
+  PREFETCH_STEP =
+      8, // k between bursts of prefetches: the share of one step fits the line-fill buffers
   LINE = 64
 };
 
@@ -43,7 +46,8 @@ typedef enum storage { F32, BF16, F16 } storage;
 
 typedef struct ahead {
   const char *base;
-  int64_t stride, line, end, per_step; // line and end count over all panels: line i is in panel i % panels
+  int64_t stride, line, end,
+      per_step; // line and end count over all panels: line i is in panel i % panels
   int64_t panels;
 } ahead;
 
@@ -65,7 +69,8 @@ INLINE void ahead_step(ahead *w) {
   int64_t stop = w->line + w->per_step;
   if (stop > w->end) stop = w->end;
   for (; w->line < stop; w->line++)
-    __builtin_prefetch(w->base + w->line % w->panels * w->stride + w->line / w->panels * LINE, 0, 3);
+    __builtin_prefetch(w->base + w->line % w->panels * w->stride + w->line / w->panels * LINE, 0,
+                       3);
 }
 
 // ---- the tile -------------------------------------------------------------------------------------------------
@@ -90,8 +95,9 @@ INLINE vf load_weights(const storage s, const bool odd, const char *at, int v) {
 
 // c += a[.][k] * panel row k, for one k. `b` points at row k (bf16: at the pair of rows that holds k).
 // All weights first, then row by row: AVX2 has registers for 12 sums, 2 weights and 1 broadcast, no more.
-INLINE void tile_k(const storage s, const int rows, const int panels, const bool odd, vf c[MAX_ROWS][4 * PV],
-                   const float *const *a, int64_t k, const char *b, int64_t b_stride) {
+INLINE void tile_k(const storage s, const int rows, const int panels, const bool odd,
+                   vf c[MAX_ROWS][4 * PV], const float *const *a, int64_t k, const char *b,
+                   int64_t b_stride) {
   vf w[4 * PV];
   UNROLL for (int p = 0; p < panels; p++) {
     UNROLL for (int v = 0; v < PV; v++) w[p * PV + v] = load_weights(s, odd, b + p * b_stride, v);
@@ -101,16 +107,15 @@ INLINE void tile_k(const storage s, const int rows, const int panels, const bool
   }
 }
 
-INLINE void tile_block(const storage s, const int rows, const int panels, const ms_tile *t, const float *const *a,
-                       const char *b, float *acc, ahead w) {
+INLINE void tile_block(const storage s, const int rows, const int panels, const ms_tile *t,
+                       const float *const *a, const char *b, float *acc, ahead w) {
   // bytes of one row of k; bf16 rows come in pairs
   const int64_t row_bytes = s == F32 ? 4 * MS_PANEL : 2 * MS_PANEL;
   const int64_t b_stride = t->b_stride;
   const int step = s == BF16 ? 2 : 1;
   vf c[MAX_ROWS][4 * PV];
   UNROLL for (int m = 0; m < rows; m++) {
-    UNROLL for (int v = 0; v < panels * PV; v++)
-        c[m][v] = t->first ? (vf){0} : v_load(acc + m * ACC_STRIDE + v * VW);
+    UNROLL for (int v = 0; v < panels * PV; v++) c[m][v] = (vf){0};
   }
   int64_t k = t->k0;
   while (k + step <= t->k1) {
@@ -124,7 +129,10 @@ INLINE void tile_block(const storage s, const int rows, const int panels, const 
   }
   if (s == BF16 && k < t->k1) tile_k(s, rows, panels, false, c, a, k, b, b_stride);
   UNROLL for (int m = 0; m < rows; m++) {
-    UNROLL for (int v = 0; v < panels * PV; v++) v_store(acc + m * ACC_STRIDE + v * VW, c[m][v]);
+    UNROLL for (int v = 0; v < panels * PV; v++) {
+      float *at = acc + m * ACC_STRIDE + v * VW;
+      v_store(at, t->first ? c[m][v] : v_load(at) + c[m][v]);
+    }
   }
 }
 
@@ -135,8 +143,8 @@ INLINE void tile_block(const storage s, const int rows, const int panels, const 
     break;
 #define TILE_CASES(ROWS) TILE_CASE(ROWS, 1) TILE_CASE(ROWS, 2) TILE_CASE(ROWS, 4)
 
-INLINE void tile_any(const storage s, int rows, int panels, const ms_tile *t, const float *const *a, const char *b,
-                     float *acc, ahead w) {
+INLINE void tile_any(const storage s, int rows, int panels, const ms_tile *t, const float *const *a,
+                     const char *b, float *acc, ahead w) {
   switch (rows * 8 + panels) {
     TILE_CASES(1)
     TILE_CASES(2)
@@ -183,7 +191,7 @@ INLINE vf v_exp(vf x) {
   const float magic = 0x1.8p23f; // adding it rounds to an integer, left in the low bits
   vf shifted = x * 1.44269504088896341f + magic;
   vf n = shifted - magic;
-  vf r = x - n * 0x1.62e4p-1f;       // ln 2, upper 15 bits: n * this is exact
+  vf r = x - n * 0x1.62e4p-1f;         // ln 2, upper 15 bits: n * this is exact
   r = r - n * 1.42860682030941723e-6f; // ln 2, the rest
   vf p = v_set(1.0f / 5040);
   p = p * r + 1.0f / 720;
@@ -235,11 +243,13 @@ INLINE vf v_biased(const float *acc, const float *bias, int64_t n) {
   return bias ? x + v_load(bias + n) : x;
 }
 
-INLINE void activate_all(const ms_activation activation, bool gated, const float *acc, const float *bias, int64_t rows,
-                         int32_t panels, float *out, int64_t out_stride) {
+INLINE void activate_all(const ms_activation activation, bool gated, const float *acc,
+                         const float *bias, int64_t rows, int32_t panels, float *out,
+                         int64_t out_stride) {
   for (int64_t i = 0; i < rows; i++, acc += ACC_STRIDE, out += out_stride) {
     if (!gated)
-      for (int64_t n = 0; n < panels * MS_PANEL; n += VW) v_store(out + n, v_activate(activation, v_biased(acc, bias, n)));
+      for (int64_t n = 0; n < panels * MS_PANEL; n += VW)
+        v_store(out + n, v_activate(activation, v_biased(acc, bias, n)));
     else
       for (int64_t p = 0; p < panels; p += 2)
         for (int64_t v = 0; v < MS_PANEL; v += VW) {
@@ -250,8 +260,8 @@ INLINE void activate_all(const ms_activation activation, bool gated, const float
   }
 }
 
-static void activate(ms_activation activation, bool gated, const float *acc, const float *bias, int64_t rows,
-                     int32_t panels, float *out, int64_t out_stride) {
+static void activate(ms_activation activation, bool gated, const float *acc, const float *bias,
+                     int64_t rows, int32_t panels, float *out, int64_t out_stride) {
 #define CASE(ACTIVATION)                                                                           \
   case ACTIVATION:                                                                                 \
     activate_all(ACTIVATION, gated, acc, bias, rows, panels, out, out_stride);                     \
@@ -267,8 +277,8 @@ static void activate(ms_activation activation, bool gated, const float *acc, con
 #undef CASE
 }
 
-static void scatter(const float *acc, const float *bias, const float *scale, int64_t rows, int64_t columns,
-                    float *const *out) {
+static void scatter(const float *acc, const float *bias, const float *scale, int64_t rows,
+                    int64_t columns, float *const *out) {
   for (int64_t i = 0; i < rows; i++, acc += ACC_STRIDE) {
     float *to = out[i];
     int64_t n = 0;
@@ -279,11 +289,17 @@ static void scatter(const float *acc, const float *bias, const float *scale, int
 
 // ---- rows ---------------------------------------------------------------------------------------------------------
 
+// Plain loops over an unknown number of rows are not vectorised by gcc 12: 10 to 15 times slower.
 static void sum(const float *const *x, int32_t count, float *out, int64_t n) {
-  for (int64_t i = 0; i < n; i++) {
-    float total = x[0][i];
-    for (int32_t j = 1; j < count; j++) total += x[j][i];
-    out[i] = total;
+  int64_t i = 0;
+  for (; i + VW <= n; i += VW) {
+    vf total = v_load(x[0] + i);
+    for (int32_t j = 1; j < count; j++) total += v_load(x[j] + i);
+    v_store(out + i, total);
+  }
+  for (; i < n; i++) {
+    out[i] = x[0][i];
+    for (int32_t j = 1; j < count; j++) out[i] += x[j][i];
   }
 }
 

@@ -14,20 +14,20 @@
 //                of pairs to two registers of fp32 (and the AVX-512 dot product takes it as it is).
 #define MS_TILE_PANELS 4
 
-// acc[row][0 .. 16*panels) = sum over k of a[row][k] * panel column, k in increasing order, one FMA each:
-// the bits do not depend on rows, panels or on how k is cut in blocks.
+// acc[row][0 .. 16*panels) (+)= sum over k0 <= k < k1 of a[row][k] * panel column: one chain of FMAs from zero in
+// increasing k, then one addition to acc. The bits depend on where k is cut in blocks, not on rows or panels.
 typedef struct ms_tile {
-  const float *const *a;   // [rows] rows of the left matrix, fp32
-  int64_t rows;            // any; the kernel cuts them in near-equal tiles
-  const void *b;           // first panel at row k0 of the block
-  int64_t b_stride;        // bytes from one panel to the next
-  int32_t panels;          // 1 .. MS_TILE_PANELS
-  int64_t k0, k1;          // k0 is even
-  float *acc;              // [rows][64] aligned to 64 bytes; row stride is always 64 floats
-  bool first;              // start from zero, not from acc
-  const char *ahead;       // what will be read next: fetched meanwhile (NULL: nothing)
-  int64_t ahead_stride;    // bytes between its panels
-  int64_t ahead_bytes;     // bytes of each panel to fetch
+  const float *const *a; // [rows] rows of the left matrix, fp32
+  int64_t rows;          // any; the kernel cuts them in near-equal tiles
+  const void *b;         // first panel at row k0 of the block
+  int64_t b_stride;      // bytes from one panel to the next
+  int32_t panels;        // 1 .. MS_TILE_PANELS
+  int64_t k0, k1;        // k0 is even
+  float *acc;            // [rows][64] aligned to 64 bytes; row stride is always 64 floats
+  bool first;            // acc = the sum, else acc += the sum
+  const char *ahead;     // what will be read next: fetched meanwhile (NULL: nothing)
+  int64_t ahead_stride;  // bytes between its panels
+  int64_t ahead_bytes;   // bytes of each panel to fetch
   int32_t ahead_panels;
 } ms_tile;
 
@@ -40,10 +40,10 @@ typedef struct ms_kernels {
   //   activate   out[i * out_stride + n] = act(acc[i][n] + bias[n]), n < 16*panels; gated: panels alternate gate, up and
   //              out[...] = act(gate) * up, half as wide
   //   scatter    out[i][n] = scale[i] * (acc[i][n] + bias[n]), n < columns
-  void (*activate)(ms_activation activation, bool gated, const float *acc, const float *bias, int64_t rows,
-                   int32_t panels, float *out, int64_t out_stride);
-  void (*scatter)(const float *acc, const float *bias, const float *scale, int64_t rows, int64_t columns,
-                  float *const *out);
+  void (*activate)(ms_activation activation, bool gated, const float *acc, const float *bias,
+                   int64_t rows, int32_t panels, float *out, int64_t out_stride);
+  void (*scatter)(const float *acc, const float *bias, const float *scale, int64_t rows,
+                  int64_t columns, float *const *out);
   // Rows of any length n.
   void (*sum)(const float *const *x, int32_t count, float *out, int64_t n); // in order
   void (*widen_bf16)(const uint16_t *x, float *out, int64_t n);

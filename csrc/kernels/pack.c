@@ -27,7 +27,8 @@ INLINE float load_float(const ms_dtype dtype, const void *data, int64_t i) {
   return f;
 }
 
-INLINE void move(const ms_dtype from, const void *source, int64_t i, const ms_dtype storage, void *panel, int64_t at) {
+INLINE void move(const ms_dtype from, const void *source, int64_t i, const ms_dtype storage,
+                 void *panel, int64_t at) {
   if (from == storage && storage != MS_F32)
     ((uint16_t *)panel)[at] = ((const uint16_t *)source)[i];
   else if (storage == MS_F32)
@@ -38,10 +39,11 @@ INLINE void move(const ms_dtype from, const void *source, int64_t i, const ms_dt
     ((uint16_t *)panel)[at] = narrow_f16_bits(load_float(from, source, i));
 }
 
-INLINE void pack_as(const ms_dtype from, const ms_dtype storage, const ms_matrix *m, int64_t row, int64_t col,
-                    int32_t columns, int64_t K, void *panel) {
+INLINE void pack_as(const ms_dtype from, const ms_dtype storage, const ms_matrix *m, int64_t row,
+                    int64_t col, int32_t columns, int64_t K, void *panel) {
   enum { BLOCK = 16 }; // k at a time: both sides stay in a few cache lines
-  if (columns < MS_PANEL || (storage == MS_BF16 && K % 2)) memset(panel, 0, (size_t)ms_panel_bytes(storage, K));
+  if (columns < MS_PANEL || (storage == MS_BF16 && K % 2))
+    memset(panel, 0, (size_t)ms_panel_bytes(storage, K));
   for (int64_t k0 = 0; k0 < K; k0 += BLOCK) {
     int64_t k1 = k0 + BLOCK < K ? k0 + BLOCK : K;
     for (int64_t j = 0; j < columns; j++) {
@@ -52,17 +54,18 @@ INLINE void pack_as(const ms_dtype from, const ms_dtype storage, const ms_matrix
   }
 }
 
-void ms_panel_pack(const ms_matrix *m, int64_t row, int64_t col, int32_t columns, int64_t K, ms_dtype storage,
-                   void *panel) {
+void ms_panel_pack(const ms_matrix *m, int64_t row, int64_t col, int32_t columns, int64_t K,
+                   ms_dtype storage, void *panel) {
 #define CASE(FROM, TO)                                                                             \
   if (m->dtype == FROM && storage == TO) pack_as(FROM, TO, m, row, col, columns, K, panel);
-  CASE(MS_F32, MS_F32) CASE(MS_F32, MS_BF16) CASE(MS_F32, MS_F16)
-  CASE(MS_BF16, MS_F32) CASE(MS_BF16, MS_BF16) CASE(MS_BF16, MS_F16)
-  CASE(MS_F16, MS_F32) CASE(MS_F16, MS_BF16) CASE(MS_F16, MS_F16)
+  CASE(MS_F32, MS_F32)
+  CASE(MS_F32, MS_BF16) CASE(MS_F32, MS_F16) CASE(MS_BF16, MS_F32) CASE(MS_BF16, MS_BF16)
+      CASE(MS_BF16, MS_F16) CASE(MS_F16, MS_F32) CASE(MS_F16, MS_BF16) CASE(MS_F16, MS_F16)
 #undef CASE
 }
 
-void ms_panel_unpack(const void *panel, int32_t columns, int64_t K, ms_dtype storage, void *to, int64_t row_stride) {
+void ms_panel_unpack(const void *panel, int32_t columns, int64_t K, ms_dtype storage, void *to,
+                     int64_t row_stride) {
   for (int64_t j = 0; j < columns; j++)
     for (int64_t k = 0; k < K; k++) {
       int64_t at = panel_index(storage, k, j), i = j * row_stride + k;

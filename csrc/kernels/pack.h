@@ -10,10 +10,11 @@ int64_t ms_panel_bytes(ms_dtype storage, int64_t K);
 
 // panel[k][j] = source[row + j][col + k] for j < columns and k < K; the panel's other columns are zeroed.
 // A 16-bit source of the same dtype is moved bit for bit.
-void ms_panel_pack(const ms_matrix *source, int64_t row, int64_t col, int32_t columns, int64_t K, ms_dtype storage,
-                   void *panel);
+void ms_panel_pack(const ms_matrix *source, int64_t row, int64_t col, int32_t columns, int64_t K,
+                   ms_dtype storage, void *panel);
 
 // The inverse into a destination of `storage` dtype: to[j * row_stride + k] = panel[k][j].
-void ms_panel_unpack(const void *panel, int32_t columns, int64_t K, ms_dtype storage, void *to, int64_t row_stride);
+void ms_panel_unpack(const void *panel, int32_t columns, int64_t K, ms_dtype storage, void *to,
+                     int64_t row_stride);
 
 #endif

@@ -8,7 +8,7 @@
 #include <string.h>
 
 #if defined(__AVX512F__)
-#include <immintrin.h> // for _mm512_cvtph_ps
+#include <immintrin.h>            // for _mm512_cvtph_ps
 enum { VW = 16, REGISTERS = 32 }; // floats in a vector
 #elif defined(__AVX2__)
 #include <immintrin.h> // for _mm256_cvtph_ps

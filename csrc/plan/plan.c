@@ -36,7 +36,7 @@ void ms_plan_free(ms_plan *plan) {
 }
 
 // Cut [0, F) of expert e over ranks [from, from + ranks). The odd columns go first to the ranks with the largest
-// remainders and, among equal ones, to a rank that moves with e.
+// remainders and, among equal ones, to the ranks after those that got them in the expert before.
 static void cut_expert(ms_plan *plan, int32_t e, int32_t from, int32_t ranks, const double *speed,
                        double *remainder) {
   double total = 0;
@@ -49,10 +49,11 @@ static void cut_expert(ms_plan *plan, int32_t e, int32_t from, int32_t ranks, co
     remainder[i] = exact - (double)whole;
     left -= whole;
   }
+  int32_t turn = (int32_t)(left * e % ranks);
   for (; left > 0; left--) {
     int32_t best = -1;
     for (int32_t j = 0; j < ranks; j++) {
-      int32_t i = (j + e) % ranks;
+      int32_t i = (j + turn) % ranks;
       if (best < 0 || remainder[i] > remainder[best]) best = i;
     }
     columns_at(plan, from + best, e)[1]++;
@@ -86,24 +87,27 @@ static ms_status plan_groups(int32_t R, int32_t E, int64_t F, int32_t group, con
   return MS_OK;
 }
 
-ms_status ms_plan_shard(int32_t R, int32_t E, int64_t F, const double *speed, ms_plan *out, ms_error *err) {
+ms_status ms_plan_shard(int32_t R, int32_t E, int64_t F, const double *speed, ms_plan *out,
+                        ms_error *err) {
   *out = (ms_plan){0};
   if (speed)
     for (int32_t r = 0; r < R; r++)
       if (!(speed[r] > 0) || !isfinite(speed[r]))
-        return ms_fail(err, MS_EINVAL, "speed[%d]: got %g, expected a positive number", r, speed[r]);
+        return ms_fail(err, MS_EINVAL, "speed[%d]: got %g, expected a positive number", r,
+                       speed[r]);
   return plan_groups(R, E, F, R > 0 ? R : 1, speed, out, err);
 }
 
-ms_status ms_plan_hybrid(int32_t R, int32_t E, int64_t F, int32_t group, ms_plan *out, ms_error *err) {
+ms_status ms_plan_hybrid(int32_t R, int32_t E, int64_t F, int32_t group, ms_plan *out,
+                         ms_error *err) {
   *out = (ms_plan){0};
   if (group < 1 || R % group != 0)
     return ms_fail(err, MS_EINVAL, "group: got %d, expected a divisor of ranks=%d", group, R);
   return plan_groups(R, E, F, group, NULL, out, err);
 }
 
-ms_status ms_plan_expert_parallel(int32_t R, int32_t E, int64_t F, const int32_t *owner, ms_plan *out,
-                                  ms_error *err) {
+ms_status ms_plan_expert_parallel(int32_t R, int32_t E, int64_t F, const int32_t *owner,
+                                  ms_plan *out, ms_error *err) {
   if (!owner) return ms_plan_hybrid(R, E, F, 1, out, err);
   MS_TRY(plan_init(out, R, E, F, err));
   for (int32_t e = 0; e < E; e++) {
@@ -131,7 +135,8 @@ static ms_status check_expert(const ms_plan *plan, int32_t e, edge *edges, ms_er
   for (int32_t r = 0; r < plan->R; r++) {
     const int64_t *c = columns_at(plan, r, e);
     if (c[0] < 0 || c[0] > c[1] || c[1] > plan->F)
-      return ms_fail(err, MS_EINVAL, "columns[rank %d][expert %d]: got [%lld, %lld), expected a range in [0, %lld)",
+      return ms_fail(err, MS_EINVAL,
+                     "columns[rank %d][expert %d]: got [%lld, %lld), expected a range in [0, %lld)",
                      r, e, (long long)c[0], (long long)c[1], (long long)plan->F);
     if (c[0] == c[1]) continue;
     edges[n++] = (edge){c[0], 1};
@@ -143,7 +148,8 @@ static ms_status check_expert(const ms_plan *plan, int32_t e, edge *edges, ms_er
   for (int32_t i = 0; i <= n; i++) {
     int64_t end = i < n ? edges[i].column : plan->F;
     if (end > column && owners != plan->copies[e])
-      return ms_fail(err, MS_EINVAL, "expert %d, columns [%lld, %lld): held by %d ranks, expected %d", e,
+      return ms_fail(err, MS_EINVAL,
+                     "expert %d, columns [%lld, %lld): held by %d ranks, expected %d", e,
                      (long long)column, (long long)end, owners, plan->copies[e]);
     if (i < n) owners += edges[i].step;
     column = end;
@@ -155,7 +161,8 @@ ms_status ms_plan_check(const ms_plan *plan, ms_error *err) {
   edge *edges = malloc((size_t)plan->R * 2 * sizeof *edges);
   if (!edges) return ms_fail(err, MS_ENOMEM, "no memory to check a plan of %d ranks", plan->R);
   ms_status status = MS_OK;
-  for (int32_t e = 0; e < plan->E && status == MS_OK; e++) status = check_expert(plan, e, edges, err);
+  for (int32_t e = 0; e < plan->E && status == MS_OK; e++)
+    status = check_expert(plan, e, edges, err);
   free(edges);
   return status;
 }

@@ -56,12 +56,12 @@ static void round_weights(problem *p, ms_dtype storage) {
       if (storage == MS_BF16) *w = from_bf16(to_bf16(*w));
       if (storage == MS_F16) *w = (float)(_Float16)*w;
     }
-  ms_reference_layer(p->hidden, p->index, p->weight, p->T, p->D, p->K, p->E, p->F, p->w_in, p->w_out, p->bias_in,
-                     p->bias_out, p->activation, p->gated, p->expected);
+  ms_reference_layer(p->hidden, p->index, p->weight, p->T, p->D, p->K, p->E, p->F, p->w_in,
+                     p->w_out, p->bias_in, p->bias_out, p->activation, p->gated, p->expected);
 }
 
-static problem make(int64_t T, int64_t D, int64_t F, int32_t K, int32_t E, ms_activation activation, bool gated,
-                    bool biases) {
+static problem make(int64_t T, int64_t D, int64_t F, int32_t K, int32_t E, ms_activation activation,
+                    bool gated, bool biases) {
   problem p = {.T = T, .D = D, .F = F, .K = K, .E = E, .activation = activation, .gated = gated};
   p.b_in = p.b_out = biases;
   int64_t rows = gated ? 2 * F : F;
@@ -74,7 +74,7 @@ static problem make(int64_t T, int64_t D, int64_t F, int32_t K, int32_t E, ms_ac
   p.index = malloc((size_t)(T * K + 1) * sizeof *p.index);
   for (int64_t i = 0; i < T * K; i++) {
     p.index[i] = (int32_t)((uniform() + 1) / 2 * (float)(E + 1)) - 1; // -1 too
-    if (p.index[i] == E / 2 && E > 2) p.index[i] = 0;                  // one expert stays empty, one is hot
+    if (p.index[i] == E / 2 && E > 2) p.index[i] = 0; // one expert stays empty, one is hot
   }
   p.expected = malloc((size_t)(T * D + 1) * sizeof *p.expected);
   round_weights(&p, MS_F32);
@@ -100,7 +100,8 @@ static ms_experts *pack(const problem *p, ms_dtype storage, int64_t start, int64
     columns[2 * e] = start;
     columns[2 * e + 1] = stop;
   }
-  ms_experts_spec spec = {p->E, p->D, p->F, storage, p->activation, p->gated, p->b_in, p->b_out, columns};
+  ms_experts_spec spec = {p->E,     p->D,    p->F,     storage, p->activation,
+                          p->gated, p->b_in, p->b_out, columns};
   ms_experts *x = NULL;
   CHECK(ms_experts_create(&spec, &x, &err) == MS_OK);
   free(columns);
@@ -125,8 +126,8 @@ static float *run(const problem *p, ms_experts *x, int32_t thread_count) {
   CHECK(ms_batch_create(&batch, &err) == MS_OK);
   CHECK(ms_exchange_one(&one, &err) == MS_OK);
   for (int pass = 0; pass < 2; pass++) { // the second on used memory
-    CHECK(ms_route(batch, p->hidden, MS_F32, p->index, MS_I32, p->weight, MS_F32, p->T, p->D, p->K, p->E, out,
-                   &err) == MS_OK);
+    CHECK(ms_route(batch, p->hidden, MS_F32, p->index, MS_I32, p->weight, MS_F32, p->T, p->D, p->K,
+                   p->E, out, &err) == MS_OK);
     CHECK(ms_gather(batch, one, &err) == MS_OK);
     CHECK(ms_group(batch, &err) == MS_OK);
     CHECK(ms_ffn(batch, x, threads, &err) == MS_OK);
@@ -138,17 +139,19 @@ static float *run(const problem *p, ms_experts *x, int32_t thread_count) {
   return out;
 }
 
-static void check_problem(int64_t T, int64_t D, int64_t F, int32_t K, int32_t E, ms_activation activation, bool gated,
-                          bool biases) {
+static void check_problem(int64_t T, int64_t D, int64_t F, int32_t K, int32_t E,
+                          ms_activation activation, bool gated, bool biases) {
   problem p = make(T, D, F, K, E, activation, gated, biases);
-  const ms_dtype storages[] = {MS_F32, MS_F16, MS_BF16}; // each rounds the weights of the one before
+  const ms_dtype storages[] = {MS_F32, MS_F16,
+                               MS_BF16}; // each rounds the weights of the one before
   for (int i = 0; i < 3; i++) {
     round_weights(&p, storages[i]);
     ms_experts *x = pack(&p, storages[i], 0, F);
     float *one = run(&p, x, 1), *three = run(&p, x, 3);
     double error = check_relative_difference(one, p.expected, T * D);
-    CHECK_THAT(error <= 2e-6, "T=%lld D=%lld F=%lld K=%d E=%d act=%d gated=%d %s: error %.2e", (long long)T,
-               (long long)D, (long long)F, K, E, (int)activation, gated, ms_dtype_name(storages[i]), error);
+    CHECK_THAT(error <= 2e-6, "T=%lld D=%lld F=%lld K=%d E=%d act=%d gated=%d %s: error %.2e",
+               (long long)T, (long long)D, (long long)F, K, E, (int)activation, gated,
+               ms_dtype_name(storages[i]), error);
     CHECK(memcmp(one, three, (size_t)(T * D) * sizeof *one) == 0); // same bits for any thread count
     free(one);
     free(three);
@@ -161,16 +164,17 @@ static void layers_equal_the_reference(void) {
   for (ms_activation a = MS_IDENTITY; a < MS_ACTIVATION_COUNT; a++)
     for (int gated = 0; gated < 2; gated++)
       for (int biases = 0; biases < 2; biases++) check_problem(23, 40, 37, 2, 5, a, gated, biases);
-  const int64_t sizes[][3] = {{0, 8, 8},    {1, 1, 1},    {1, 64, 64},    {2, 17, 33},   {7, 65, 31},
-                              {64, 48, 96}, {13, 96, 16}, {97, 160, 100}, {5, 801, 770}, {33, 16, 1000}};
+  const int64_t sizes[][3] = {{0, 8, 8},     {1, 1, 1},     {1, 64, 64},  {2, 17, 33},
+                              {7, 65, 31},   {64, 48, 96},  {13, 96, 16}, {97, 160, 100},
+                              {5, 801, 770}, {33, 16, 1000}};
   for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
     for (int32_t K = 1; K <= 4; K += K) {
       check_problem(sizes[i][0], sizes[i][1], sizes[i][2], K, 1, MS_RELU, false, true);
       check_problem(sizes[i][0], sizes[i][1], sizes[i][2], K, 8, MS_GELU, false, false);
       check_problem(sizes[i][0], sizes[i][1], sizes[i][2], K, 3, MS_SILU, true, i % 2 == 0);
     }
-  check_problem(2500, 16, 24, 1, 2, MS_RELU, false, false); // several waves, one hot expert
-  check_problem(1025, 16, 24, 1, 1, MS_RELU, false, false); // one row over a wave
+  check_problem(2500, 16, 24, 1, 2, MS_RELU, false, false);  // several waves, one hot expert
+  check_problem(1025, 16, 24, 1, 1, MS_RELU, false, false);  // one row over a wave
   check_problem(40, 768, 3072, 1, 3, MS_RELU, false, false); // the contract's size
 }
 
@@ -221,8 +225,8 @@ static void sixteen_bit_tokens_are_widened_and_narrowed(void) {
     hidden[i] = to_bf16(p.hidden[i]);
     p.hidden[i] = from_bf16(hidden[i]);
   }
-  ms_reference_layer(p.hidden, p.index, p.weight, p.T, p.D, p.K, p.E, p.F, p.w_in, p.w_out, NULL, NULL, p.activation,
-                     p.gated, p.expected);
+  ms_reference_layer(p.hidden, p.index, p.weight, p.T, p.D, p.K, p.E, p.F, p.w_in, p.w_out, NULL,
+                     NULL, p.activation, p.gated, p.expected);
   ms_error err;
   ms_experts *x = pack(&p, MS_F32, 0, p.F);
   ms_batch *batch;
@@ -230,7 +234,8 @@ static void sixteen_bit_tokens_are_widened_and_narrowed(void) {
   int64_t *index = malloc((size_t)(p.T * p.K) * sizeof *index); // and int64 indices
   for (int64_t i = 0; i < p.T * p.K; i++) index[i] = p.index[i];
   CHECK(ms_batch_create(&batch, &err) == MS_OK && ms_exchange_one(&one, &err) == MS_OK);
-  CHECK(ms_route(batch, hidden, MS_BF16, index, MS_I64, p.weight, MS_F32, p.T, p.D, p.K, p.E, out, &err) == MS_OK);
+  CHECK(ms_route(batch, hidden, MS_BF16, index, MS_I64, p.weight, MS_F32, p.T, p.D, p.K, p.E, out,
+                 &err) == MS_OK);
   CHECK(ms_gather(batch, one, &err) == MS_OK && ms_group(batch, &err) == MS_OK);
   CHECK(ms_ffn(batch, x, NULL, &err) == MS_OK && ms_combine(batch, one, NULL, &err) == MS_OK);
   for (int64_t i = 0; i < p.T * p.D; i++) {
@@ -277,7 +282,8 @@ static void transposed_sources_and_slices_pack_alike(void) {
   float *in_t = malloc((size_t)(p.D * p.F) * 4), *out_slice = malloc((size_t)(p.D * 12) * 4);
   for (int64_t f = 0; f < p.F; f++)
     for (int64_t d = 0; d < p.D; d++) in_t[d * p.F + f] = p.w_in[f * p.D + d];
-  for (int64_t d = 0; d < p.D; d++) memcpy(out_slice + d * 12, p.w_out + d * p.F + 4, 12 * sizeof(float));
+  for (int64_t d = 0; d < p.D; d++)
+    memcpy(out_slice + d * 12, p.w_out + d * p.F + 4, 12 * sizeof(float));
   ms_matrix w_in = {in_t + 4, MS_F32, 12, p.D, 1, p.F}, w_out = {out_slice, MS_F32, p.D, 12, 12, 1};
   CHECK(ms_experts_pack(other, 0, 4, 12, &w_in, &w_out, NULL, NULL, MS_F32, &err) == MS_OK);
   float *a = run(&p, whole, 1), *b = run(&p, other, 1);
@@ -317,9 +323,11 @@ static void grouping_equals_the_reference(void) {
     int32_t *index = malloc((size_t)(T * K + 1) * 4), *order = malloc((size_t)(T * K + 1) * 4);
     int64_t *offset = malloc((size_t)(E + 1) * 8);
     float *weight = random_floats(T * K, 1), hidden[70] = {0};
-    for (int64_t i = 0; i < T * K; i++) index[i] = (int32_t)((uniform() + 1) / 2 * (float)(E + 1)) - 1;
+    for (int64_t i = 0; i < T * K; i++)
+      index[i] = (int32_t)((uniform() + 1) / 2 * (float)(E + 1)) - 1;
     ms_reference_group(index, T * K, E, offset, order);
-    CHECK(ms_route(batch, hidden, MS_F32, index, MS_I32, weight, MS_F32, T, 1, K, E, NULL, &err) == MS_OK);
+    CHECK(ms_route(batch, hidden, MS_F32, index, MS_I32, weight, MS_F32, T, 1, K, E, NULL, &err) ==
+          MS_OK);
     CHECK(ms_gather(batch, one, &err) == MS_OK && ms_group(batch, &err) == MS_OK);
     CHECK(memcmp(batch->offset, offset, (size_t)(E + 1) * 8) == 0);
     CHECK(offset[E] == 0 || memcmp(batch->order, order, (size_t)offset[E] * 4) == 0);
@@ -339,9 +347,11 @@ static void bad_input_is_named(void) {
   CHECK(ms_batch_create(&batch, &err) == MS_OK);
   float hidden[4] = {0}, weight[4] = {1, 1, 1, 1}, out[4];
   int32_t index[4] = {0, 1, -1, 2};
-#define ROUTE(K, E) ms_route(batch, hidden, MS_F32, index, MS_I32, weight, MS_F32, 2, 2, K, E, out, &err)
+#define ROUTE(K, E)                                                                                \
+  ms_route(batch, hidden, MS_F32, index, MS_I32, weight, MS_F32, 2, 2, K, E, out, &err)
   CHECK(ROUTE(2, 3) == MS_OK);
-  CHECK(ROUTE(2, 2) == MS_ERANGE && strstr(err.msg, "top_k_index[1, 1]: got 2, expected -1 (no expert) to 1"));
+  CHECK(ROUTE(2, 2) == MS_ERANGE &&
+        strstr(err.msg, "top_k_index[1, 1]: got 2, expected -1 (no expert) to 1"));
   index[2] = -2;
   CHECK(ROUTE(2, 3) == MS_ERANGE && strstr(err.msg, "top_k_index[1, 0]: got -2"));
   index[2] = -1;
@@ -352,9 +362,12 @@ static void bad_input_is_named(void) {
   CHECK(ROUTE(65, 3) == MS_ESHAPE && strstr(err.msg, "got K=65"));
   CHECK(ROUTE(2, 0) == MS_EINVAL && strstr(err.msg, "num_experts: got 0"));
 #undef ROUTE
-  CHECK(ms_route(batch, hidden, MS_I32, index, MS_I32, weight, MS_F32, 2, 2, 2, 3, out, &err) == MS_EDTYPE);
-  CHECK(ms_route(batch, hidden, MS_F32, index, MS_F32, weight, MS_F32, 2, 2, 2, 3, out, &err) == MS_EDTYPE);
-  CHECK(ms_route(batch, hidden, MS_F32, index, MS_I32, weight, MS_I64, 2, 2, 2, 3, out, &err) == MS_EDTYPE);
+  CHECK(ms_route(batch, hidden, MS_I32, index, MS_I32, weight, MS_F32, 2, 2, 2, 3, out, &err) ==
+        MS_EDTYPE);
+  CHECK(ms_route(batch, hidden, MS_F32, index, MS_F32, weight, MS_F32, 2, 2, 2, 3, out, &err) ==
+        MS_EDTYPE);
+  CHECK(ms_route(batch, hidden, MS_F32, index, MS_I32, weight, MS_I64, 2, 2, 2, 3, out, &err) ==
+        MS_EDTYPE);
   ms_batch_free(batch);
   ms_batch_free(NULL);
 

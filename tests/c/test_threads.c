@@ -106,7 +106,8 @@ static void idle_workers_burn_no_core(void) {
 static void bad_counts_are_refused(void) {
   ms_error err;
   ms_threads *threads;
-  CHECK(ms_threads_create(0, &threads, &err) == MS_EINVAL && threads == NULL && strstr(err.msg, "got 0"));
+  CHECK(ms_threads_create(0, &threads, &err) == MS_EINVAL && threads == NULL &&
+        strstr(err.msg, "got 0"));
   CHECK(ms_threads_create(5000, &threads, &err) == MS_EINVAL);
   ms_threads_free(NULL);
 }
