@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 try:
     from . import _core
 except ImportError as error:
-    if "_core" not in str(error):
+    if not str(error).startswith("cannot import name"):  # it is there, but cannot be loaded
         raise
     raise ImportError(
         f"moeshard was imported from a source tree without its C extension ({__path__[0]}): "

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process of one rank, started by `moeshard.launch`: runs what it is sent and exits when its parent is gone."""
 
+import contextlib
 import os
 import pickle
 import signal
@@ -50,17 +51,20 @@ def main(handle: int) -> None:
     group.launched = group.Launched(**pickle.loads(connection.recv_bytes()))
     inbox = _Inbox(connection, group.launched.name)
     while (task := inbox.next()) is not None:
-        if task == launcher.LEAVE:
-            group.close_all()
-        else:
-            reply = _execute(task)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            connection.send_bytes(reply)
-        inbox.done += 1
+        reply = _execute(task)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        inbox.done += 1  # before the parent may close the socket in answer
+        if reply is not None:
+            with contextlib.suppress(OSError):  # the parent is gone, which the inbox sees
+                connection.send_bytes(reply)
 
 
-def _execute(task: bytes) -> bytes:
+def _execute(task: bytes) -> bytes | None:
+    """The reply to a task; none to the request to leave all groups."""
+    if task == launcher.LEAVE:
+        group.close_all()
+        return None
     try:
         function, args, kwargs = pickle.loads(task)
         return launcher.RESULT + launcher.dumps(function(*args, **kwargs))

@@ -21,8 +21,8 @@ import moeshard
 UNLIMITED = 2**62  # tokens of one sequence that an expert takes: never reached
 
 # Seeded routers get a tenth of HuggingFace's initial weights. With all of it, logits have a standard deviation of 27 at
-# d_model 768, rounding errors move the gates of near ties, and HuggingFace's own float32 output is 4e-5 from its float64
-# one (this shape, seed 0, 2,048 tokens).
+# d_model 768, rounding errors move the gates of near ties, and HuggingFace's own output in float32 is 4e-5 from that in
+# float64 (this shape, seed 0, 2,048 tokens).
 ROUTER_SCALE = 0.1
 
 
@@ -104,6 +104,7 @@ class Watched:
     """
 
     def __init__(self, model: SwitchTransformersEncoderModel) -> None:
+        """Hook its routers."""
         self.model = model
         self.routers = [module for module in model.modules() if isinstance(module, SwitchTransformersTop1Router)]
         self.wanted: list[torch.Tensor] = []

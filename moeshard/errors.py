@@ -1,22 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The exceptions of moeshard, raised alike by the C core and the Python layers.
 
-==================  ===============================================================  =================
-exception           raised when                                                      is also a
-==================  ===============================================================  =================
-``MoeshardError``   never itself: the base of all others                             ``Exception``
-``ArgumentError``   an argument cannot be used                                       ``ValueError``
-``ShapeError``      a shape does not fit the others; both are named                  ``ValueError``
-``DTypeError``      a dtype is not accepted; the accepted ones are named             ``TypeError``
-``RangeError``      an expert index is out of range, or a routing weight not finite  ``ValueError``
-``CommError``       the exchange could not be set up, or is closed or broken         ``RuntimeError``
-``RankLost``        another rank died or left; the group cannot be used again        ``CommError``
-``CommTimeout``     another rank did not arrive in time; as above                    ``CommError``
-``RankMismatch``    ranks disagree about a call: the same message on all of them     ``CommError``
-``PeerError``       another rank failed in this call and says why                    ``CommError``
-==================  ===============================================================  =================
-
-After ``RankMismatch`` and ``PeerError`` all ranks stand before the next call and the group can be used on.
+All are a ``MoeshardError``; those about ranks are a ``CommError`` too. After ``RankMismatch`` and ``PeerError`` all
+ranks stand before the next call and the group can be used on; after the other kinds of ``CommError`` it is closed.
 """
 
 from ._core import (
@@ -44,3 +30,18 @@ __all__ = [
     "RankMismatch",
     "ShapeError",
 ]
+
+_DOCS = {
+    MoeshardError: "Base of all exceptions of moeshard.",
+    ArgumentError: "An argument cannot be used; says what it was and what is accepted. Also a ValueError.",
+    ShapeError: "A shape does not fit the others; names both. Also a ValueError.",
+    DTypeError: "A dtype is not accepted; names those that are. Also a TypeError.",
+    RangeError: "An expert index is out of range, or a routing weight not finite. Also a ValueError.",
+    CommError: "The exchange could not be set up, or is closed or broken. Also a RuntimeError.",
+    RankLost: "Another rank died or left.",
+    CommTimeout: "Another rank did not arrive in time.",
+    RankMismatch: "The ranks disagree about a call: the same message on all of them.",
+    PeerError: "Another rank failed in this call, and says why.",
+}
+for _exception, _doc in _DOCS.items():
+    _exception.__doc__ = _doc

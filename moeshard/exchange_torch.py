@@ -38,6 +38,7 @@ class TorchExchange:
     """
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
+        """Find this rank's place in the group."""
         self._group = process_group
         self.rank: int = dist.get_rank(process_group)
         self.ranks: int = dist.get_world_size(process_group)
@@ -59,7 +60,9 @@ class TorchExchange:
         self._header, self._tokens = headers[self.rank], headers["T"].copy()
         index, weights = batch.routing()
         rows = self._own_rows(batch)
-        if not self._header["replicated"]:
+        if self._header["replicated"]:  # nothing travels: the rows are this rank's own
+            self._tokens[np.arange(self.ranks) != self.rank] = 0
+        else:
             own = np.concatenate([index, weights.view(np.int32)], axis=1).view(np.uint8)
             gathered, rows = self._from_all(torch.from_numpy(own), rows)
             routing = gathered.numpy().view(np.int32)

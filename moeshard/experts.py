@@ -63,7 +63,7 @@ class ExpertWeights:
             raise _core.ArgumentError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
         if not len(self.w_in):
             raise _core.ShapeError("w_in: expected at least one expert, got none")
-        shape, dtype = _info("w_in[0]", self.w_in[0])
+        shape, dtype, _ = describe("w_in[0]", self.w_in[0])
         rows_per_column = 2 if self.gated else 1
         if len(shape) != 2 or shape[0] % rows_per_column or 0 in shape:
             raise _core.ShapeError(
@@ -83,7 +83,7 @@ class ExpertWeights:
             if len(stack) != sizes.num_experts:
                 raise _core.ShapeError(f"{name}: expected {sizes.num_experts} experts as in w_in, got {len(stack)}")
             for expert in range(sizes.num_experts):
-                found, kind = _info(f"{name}[{expert}]", stack[expert])
+                found, kind, _ = describe(f"{name}[{expert}]", stack[expert])
                 if found != expected:
                     raise _core.ShapeError(
                         f"{name}[{expert}]: expected {list(expected)}, got {list(found)} (w_in[0] is {list(shape)})"
@@ -145,11 +145,14 @@ def _plain(tensor: Any) -> Any:
     return tensor.detach() if hasattr(tensor, "detach") else tensor
 
 
-def _info(name: str, tensor: Any) -> tuple[tuple[int, ...], str]:
+def describe(name: str, tensor: Any) -> tuple[tuple[int, ...], str, bool]:
+    """Shape, dtype and whether it is contiguous, of any tensor in CPU memory; errors name the argument."""
     try:
-        shape, dtype, (device, _), _ = _core.tensor_info(_plain(tensor))
+        shape, dtype, (device, _), contiguous = _core.tensor_info(_plain(tensor))
     except _core.MoeshardError as error:
         raise type(error)(f"{name}: {error}") from error
+    except (RuntimeError, BufferError, ValueError) as error:  # the tensor's own library refuses
+        raise _core.ArgumentError(f"{name}: cannot be read through DLPack: {str(error).splitlines()[0]}") from error
     if device != 1:  # kDLCPU
         raise _core.ArgumentError(f"{name}: expected a tensor in CPU memory, got DLPack device type {device}")
-    return shape, dtype
+    return shape, dtype, contiguous

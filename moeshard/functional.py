@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from . import _core
-from .experts import ExpertWeights, Stack, dtype_name
+from .experts import ExpertWeights, Stack, describe, dtype_name
 from .plans import Plan
 from .threads import use_threads
 
@@ -32,9 +33,11 @@ class PackedExperts:
     """
 
     def __init__(self, packed: _core.PackedExperts) -> None:
+        """Take packed weights; :func:`moeshard.pack` makes them."""
         self._packed = packed
         self._batch = _core.Batch()
         self._exchange = _core.exchange_one()
+        self._lock = threading.Lock()
         self.num_experts = packed.num_experts
         self.d_model = packed.d_model
         self.d_ff = packed.d_ff
@@ -48,7 +51,7 @@ class PackedExperts:
         top_k_weights: SupportsDLPack,
         out: Tensor | None = None,
     ) -> Tensor:
-        """Send each token through its experts. Not for two threads at once.
+        """Send each token through its experts. Calls from several threads take turns.
 
         Args:
             hidden: ``[..., D]`` float32, bfloat16 or float16, in CPU memory.
@@ -66,7 +69,7 @@ class PackedExperts:
             ArgumentError: a tensor that requires grad or is not in CPU memory.
         """
         rows = _rows("hidden", hidden)
-        shape, dtype, _, _ = _core.tensor_info(rows)
+        shape, dtype, _ = describe("hidden", rows)
         if shape[1] != self.d_model:
             raise _core.ShapeError(f"hidden: expected [..., {self.d_model}] as the experts, got {_shape(hidden)}")
         index, weights = _rows("top_k_index", top_k_index), _rows("top_k_weights", top_k_weights)
@@ -74,18 +77,20 @@ class PackedExperts:
             memory: Any = _core.Tensor(shape, dtype_name(dtype))
         else:
             memory = without_grad("out", out)
-            if _shape(out) != _shape(hidden) or not _core.tensor_info(memory)[3]:
+            if _shape(out) != _shape(hidden) or not describe("out", memory)[2]:
                 raise _core.ShapeError(f"out: expected contiguous {_shape(hidden)} as hidden, got {_shape(out)}")
             memory = _rows("out", memory)
         use_threads()
-        self._batch.route(rows, index, weights, self.num_experts, memory)
-        self._exchange.gather(self._batch)
-        self._batch.group()
-        self._batch.ffn(self._packed)
-        self._exchange.combine(self._batch)
+        with self._lock:
+            self._batch.route(rows, index, weights, self.num_experts, memory)
+            self._exchange.gather(self._batch)
+            self._batch.group()
+            self._batch.ffn(self._packed)
+            self._exchange.combine(self._batch)
         return _in_library_of(hidden, memory) if out is None else out
 
     def __repr__(self) -> str:
+        """Sizes, dtype and kind."""
         return (
             f"PackedExperts(num_experts={self.num_experts}, d_model={self.d_model}, d_ff={self.d_ff}, "
             f"dtype={self.dtype!r}, activation={self._packed.activation!r}, gated={self._packed.gated})"
@@ -191,13 +196,13 @@ def without_grad(name: str, tensor: Any) -> Any:
 
 
 def _shape(tensor: Any) -> list[int]:
-    return list(_core.tensor_info(without_grad("tensor", tensor))[0])
+    return list(describe("tensor", tensor)[0])
 
 
 def _rows(name: str, tensor: Any) -> Any:
     """As [rows, last dimension], contiguous; a copy only if it must be."""
     tensor = without_grad(name, tensor)
-    shape, _, _, contiguous = _core.tensor_info(tensor)
+    shape, _, contiguous = describe(name, tensor)
     if not shape:
         raise _core.ShapeError(f"{name}: expected at least one dimension, got a scalar")
     if not contiguous:

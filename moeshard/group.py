@@ -11,6 +11,7 @@ import os
 import secrets
 import socket
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -79,11 +80,13 @@ class Group:
     """
 
     def __init__(self, exchange: Exchange, backend: Backend, release: Callable[[], object] | None = None) -> None:
+        """Take an exchange; :func:`moeshard.init` makes one."""
         self.exchange = exchange
         self.backend: Backend = backend
         self.batch = _core.Batch()  # one forward pass's state, shared by all layers of the group
         self.rank = exchange.rank
         self.size = exchange.ranks
+        self.turn = threading.Lock()  # held for a whole call: threads of one rank take turns
         self._release = release
         self._closed = ""
         self._layers = 0
@@ -155,15 +158,14 @@ class Group:
         Raises:
             CommError: as :meth:`all_gather`.
         """
-        count = _core.tensor_info(rows)[0][0]
-        with self.refusing():
-            self.check_open()
-            self.batch.route(
-                rows, np.empty((count, 0), np.int32), np.empty((count, 0), np.float32), 1, layer=_CONTROL_LAYER
-            )
-        self.gather(self.batch)
-        gathered = self.batch.rows()
-        self.combine(self.batch)
+        with self.turn:
+            with self.refusing():
+                self.check_open()
+                nothing = np.empty((_core.tensor_info(rows)[0][0], 0), np.int32)
+                self.batch.route(rows, nothing, nothing.view(np.float32), 1, layer=_CONTROL_LAYER)
+            self.gather(self.batch)
+            gathered = self.batch.rows()
+            self.combine(self.batch)
         return gathered
 
     def barrier(self) -> None:
@@ -232,12 +234,15 @@ class Group:
             raise
 
     def __enter__(self) -> Group:
+        """Return the group itself."""
         return self
 
     def __exit__(self, *exception: object) -> None:
+        """Close the group."""
         self.close()
 
     def __repr__(self) -> str:
+        """Rank, size and exchange."""
         state = ", closed" if self._closed else ""
         return f"Group(rank={self.rank}, size={self.size}, exchange={self.exchange.name!r}{state})"
 

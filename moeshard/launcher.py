@@ -46,6 +46,7 @@ class WorkerState(dict[str, Any]):
     """
 
     def __reduce__(self) -> str:
+        """Pickle as a name."""
         return "worker_state"
 
 
@@ -61,6 +62,7 @@ class Ranks:
     """
 
     def __init__(self, workers: Sequence[_Worker], name: str) -> None:
+        """Take started workers; :func:`moeshard.launch` starts them."""
         self._workers = list(workers)
         self._busy = False
         self.size = len(self._workers)
@@ -89,7 +91,8 @@ class Ranks:
             CommError: the ranks were closed.
 
         Example:
-            >>> with launch(2) as ranks:
+            >>> import moeshard
+            >>> with moeshard.launch(2) as ranks:
             ...     ranks.run(lambda x: moeshard.init().rank + x, 10)
             [10, 11]
         """
@@ -147,15 +150,19 @@ class Ranks:
         return [replies[rank] for rank in range(self.size)]
 
     def __len__(self) -> int:
+        """Count the ranks."""
         return self.size
 
     def __enter__(self) -> Ranks:
+        """Return the ranks themselves."""
         return self
 
     def __exit__(self, *exception: object) -> None:
+        """End the workers."""
         self.close()
 
     def __repr__(self) -> str:
+        """Size, and whether they were closed."""
         return f"Ranks(size={self.size}{'' if self._end.alive else ', closed'})"
 
 
@@ -179,7 +186,8 @@ def launch(n: int, *, timeout: float = 60.0, threads: int | None = None, env: Ma
         RankLost: a worker did not start; what it printed is shown.
 
     Example:
-        >>> with launch(2) as ranks:
+        >>> import moeshard
+        >>> with moeshard.launch(2) as ranks:
         ...     ranks.run(lambda: moeshard.init().size)
         [2, 2]
     """

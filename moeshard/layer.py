@@ -43,6 +43,7 @@ class ShardedExperts(nn.Module):
     def __init__(
         self, packed: _core.PackedExperts, plan: Plan, group: Group, *, layer: int, replicated: bool = False
     ) -> None:
+        """Take packed weights; :meth:`from_weights` packs them."""
         super().__init__()
         self.packed = packed
         self.plan = plan
@@ -132,22 +133,21 @@ class ShardedExperts(nn.Module):
 
         Source: arXiv 2503.08467, algorithm 1.
         """
-        group, batch = self.group, self.group.batch
-        with group.refusing():
-            group.check_open()
-            hidden, index, weights = self._rows(hidden_states, top_k_index, top_k_weights)
-            out = torch.empty_like(hidden)
-            use_threads()
-            batch.route(
-                hidden, index, weights, self.packed.num_experts, out, layer=self.layer, replicated=self.replicated
-            )
-        group.gather(batch)
-        with group.refusing():
-            batch.group()
-            batch.ffn(self.packed)
-            self.slots += int(batch.tokens_per_rank.sum()) * index.shape[1]
-            self.counts += batch.counts()
-        group.combine(batch)
+        group, batch, experts = self.group, self.group.batch, self.packed.num_experts
+        with group.turn:
+            with group.refusing():
+                group.check_open()
+                hidden, index, weights = self._rows(hidden_states, top_k_index, top_k_weights)
+                out = torch.empty_like(hidden)
+                use_threads()
+                batch.route(hidden, index, weights, experts, out, layer=self.layer, replicated=self.replicated)
+            group.gather(batch)
+            with group.refusing():
+                batch.group()
+                batch.ffn(self.packed)
+                self.slots += int(batch.tokens_per_rank.sum()) * index.shape[1]
+                self.counts += batch.counts()
+            group.combine(batch)
         return out.view(hidden_states.shape)
 
     def _rows(
@@ -200,6 +200,7 @@ class ShardedExperts(nn.Module):
         )
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refuse to be copied or pickled."""
         raise copy.Error("a sharded layer cannot be copied or pickled: call moeshard.unshard(model) first")
 
 

@@ -38,6 +38,7 @@ class Plan:
     copies: NDArray[np.int32]
 
     def __post_init__(self) -> None:
+        """Copy, check and freeze the table."""
         columns = np.array(self.columns, dtype=np.int64, order="C")
         copies = np.array(self.copies, dtype=np.int32, order="C")
         if columns.ndim != 3 or columns.shape[2] != 2:
@@ -208,6 +209,7 @@ class Plan:
         return work / total if total else work
 
     def __eq__(self, other: object) -> bool:
+        """Whether the tables are equal."""
         return (
             isinstance(other, Plan)
             and self.d_ff == other.d_ff
@@ -216,9 +218,11 @@ class Plan:
         )
 
     def __hash__(self) -> int:
+        """Equal plans hash alike."""
         return hash(self.digest)
 
     def __repr__(self) -> str:
+        """Sizes, and how wide the slices are."""
         widths = self.columns[:, :, 1] - self.columns[:, :, 0]
         held = np.count_nonzero(widths, axis=1)
         return (

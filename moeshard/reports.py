@@ -98,6 +98,7 @@ class Report:
         }
 
     def __str__(self) -> str:
+        """Format as a plain-text table."""
         rows = [_COLUMNS, *self._rows()]
         widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -115,6 +116,7 @@ class Report:
         )
 
     def __rich__(self) -> Table:
+        """Format as a rich table."""
         from rich.table import Table
 
         table = Table(*_COLUMNS, title=self._title())

@@ -48,6 +48,14 @@ def test_results_come_in_rank_order(two):
     assert len(two) == two.size == 2 and two.run(os.getpid) == two.pids
 
 
+def test_tensors_travel_both_ways(two):
+    import torch
+
+    tensor = torch.randn(3, 4).bfloat16()
+    for result in two.run(lambda x: {"twice": 2 * x}, tensor):
+        assert torch.equal(result["twice"], 2 * tensor)
+
+
 def test_the_group_is_all_workers_through_shared_memory(two):
     assert two.run(lambda: (moeshard.init().size, moeshard.init().backend)) == [(2, "shm")] * 2
     assert two.run(lambda: moeshard.init().all_gather(bytes([moeshard.init().rank]))) == [[b"\0", b"\1"]] * 2

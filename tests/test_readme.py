@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from test_demo import checkpoint
 
 ROOT = Path(__file__).parent.parent

@@ -70,7 +70,8 @@ PyTypeObject *core_add_type(PyObject *module, PyType_Spec *spec);
 
 // The current worker threads, not to be freed before they are given back; NULL with an exception set.
 core_pool *core_pool_take(core_state *state);
-void core_pool_give_back(core_state *state, core_pool *pool);
+void core_pool_give_back(core_state *state, core_pool *pool); // NULL is legal
+void core_pool_drop(core_state *state);                       // the state lets go of the current ones
 
 // ---- objects ------------------------------------------------------------------------------------
 

@@ -38,13 +38,19 @@ typedef struct tensor_need {
   bool strided, write;  // any strides will do; contiguous otherwise
 } tensor_need;
 
-// The same, refusing what is not needed, not in CPU memory, or not aligned to its elements.
+// Refuse what is not needed, not in CPU memory, or not aligned to its elements: -1 with an exception set, and the view
+// still open. Runs no foreign code.
+int tensor_view_check(core_state *state, const tensor_need *need, tensor_view *view);
+// Open and check; closed if it fails.
 int tensor_view_take(core_state *state, PyObject *tensor, const tensor_need *need, tensor_view *out);
 
 int64_t tensor_view_bytes(const tensor_view *view); // of a contiguous one
 // "float32", "bfloat16", "uint8" ...
 enum { TENSOR_DTYPE_TEXT = 40 };
 void tensor_dtype_name(DLDataType dtype, char text[TENSOR_DTYPE_TEXT]);
+
+// "float32", "bfloat16" or "float16"; false with DTypeError set.
+bool tensor_dtype_parse(core_state *state, const char *text, ms_dtype *out);
 
 // Let go of the memory. Legal on a zeroed hold, and twice. May run any Python code.
 void tensor_hold_release(tensor_hold *hold);

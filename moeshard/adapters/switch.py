@@ -26,6 +26,7 @@ class ShardedSwitch(nn.Module):
     """Takes the place of ``SwitchTransformersSparseMLP``: its router, then the sharded experts."""
 
     def __init__(self, router: nn.Module, experts: ShardedExperts, returns_router_output: bool) -> None:
+        """Take the original's router, and remember what the original returns."""
         super().__init__()
         self.router = router
         self.experts = experts

@@ -1,0 +1,257 @@
+// plan.c - chapter P for Python: the column table as an int64 array [R, E, 2].
+// SPDX-License-Identifier: Apache-2.0
+#include "arrays.h"
+#include "error.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct sizes {
+  int32_t R, E;
+  long long F;
+} sizes;
+
+static bool take_sizes(core_state *state, long long ranks, long long experts, sizes *out) {
+  return core_int32(state, "ranks", ranks, &out->R) && core_int32(state, "num_experts", experts, &out->E);
+}
+
+// The table as an array; the plan is freed.
+static PyObject *finish(core_state *state, ms_status status, ms_plan *plan, const ms_error *err) {
+  PyObject *array = NULL;
+  if (status == MS_OK) {
+    npy_intp shape[3] = {plan->R, plan->E, 2};
+    array = PyArray_SimpleNew(3, shape, NPY_INT64);
+    if (array) memcpy(array_data(array), plan->columns, (size_t)PyArray_NBYTES((PyArrayObject *)array));
+    ms_plan_free(plan);
+  } else {
+    core_raise(state, err);
+  }
+  return array;
+}
+
+PyDoc_STRVAR(
+    shard_doc,
+    "plan_shard($module, /, ranks, num_experts, d_ff, speed=None)\n--\n\n"
+    "Cut every expert over every rank.\n\n"
+    "Args:\n"
+    "    ranks: number of ranks R, 1 to 1024.\n"
+    "    num_experts: number of experts E, 1 to 65536.\n"
+    "    d_ff: hidden width F of each expert.\n"
+    "    speed: [R] positive numbers, widths in proportion to them. None: all alike.\n\n"
+    "Returns:\n"
+    "    [R, E, 2] int64: rank r holds columns [start, stop) of expert e. Widths differ from the exact share by\n"
+    "    less than one column; odd columns rotate over the ranks with the expert.\n\n"
+    "Raises:\n"
+    "    ArgumentError: a size out of range, or a speed that is not positive and finite.\n"
+    "    ShapeError: not R speeds.\n\n"
+    "Example:\n"
+    "    >>> plan_shard(2, 1, 37).tolist()\n"
+    "    [[[0, 19]], [[19, 37]]]\n\n"
+    "Source: arXiv 2503.08467 section 3; deviation: ragged and weighted widths.\n");
+
+static PyObject *plan_shard(PyObject *module, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"ranks", "num_experts", "d_ff", "speed", NULL};
+  core_state *state = PyModule_GetState(module);
+  long long ranks, experts;
+  sizes s;
+  PyObject *speed = Py_None;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "LLL|O:plan_shard", names, &ranks, &experts, &s.F, &speed)) return NULL;
+  if (!take_sizes(state, ranks, experts, &s)) return NULL;
+  PyArrayObject *array = NULL;
+  if (speed != Py_None) {
+    char dims[32];
+    snprintf(dims, sizeof dims, "R=%d", s.R);
+    array_need need = {.name = "speed", .type = NPY_DOUBLE, .ndim = 1, .shape = {s.R}, .dims = dims};
+    if (!(array = array_take(state, speed, &need))) return NULL;
+  }
+  ms_plan plan;
+  ms_error err;
+  ms_status status;
+  Py_BEGIN_ALLOW_THREADS
+  status = ms_plan_shard(s.R, s.E, s.F, array ? PyArray_DATA(array) : NULL, &plan, &err);
+  Py_END_ALLOW_THREADS
+  Py_XDECREF((PyObject *)array);
+  return finish(state, status, &plan, &err);
+}
+
+PyDoc_STRVAR(
+    expert_parallel_doc,
+    "plan_expert_parallel($module, /, ranks, num_experts, d_ff, owner=None)\n--\n\n"
+    "Give each expert whole to one rank.\n\n"
+    "Args:\n"
+    "    ranks: number of ranks R, 1 to 1024.\n"
+    "    num_experts: number of experts E, 1 to 65536.\n"
+    "    d_ff: hidden width F of each expert.\n"
+    "    owner: [E] integers, the rank of each expert. None: contiguous blocks of experts.\n\n"
+    "Returns:\n"
+    "    [R, E, 2] int64: [0, d_ff) at the owner, [0, 0) elsewhere.\n\n"
+    "Raises:\n"
+    "    ArgumentError: a size out of range, or an owner outside 0..R-1.\n"
+    "    ShapeError: not E owners.\n\n"
+    "Example:\n"
+    "    >>> plan_expert_parallel(2, 2, 8).tolist()\n"
+    "    [[[0, 8], [0, 0]], [[0, 0], [0, 8]]]\n");
+
+static PyObject *plan_expert_parallel(PyObject *module, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"ranks", "num_experts", "d_ff", "owner", NULL};
+  core_state *state = PyModule_GetState(module);
+  long long ranks, experts;
+  sizes s;
+  PyObject *owner = Py_None;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "LLL|O:plan_expert_parallel", names, &ranks, &experts, &s.F, &owner))
+    return NULL;
+  if (!take_sizes(state, ranks, experts, &s)) return NULL;
+  int32_t *owners = NULL;
+  if (owner != Py_None && !(owners = array_take_int32(state, owner, "owner", s.E))) return NULL;
+  ms_plan plan;
+  ms_error err;
+  ms_status status;
+  Py_BEGIN_ALLOW_THREADS
+  status = ms_plan_expert_parallel(s.R, s.E, s.F, owners, &plan, &err);
+  Py_END_ALLOW_THREADS
+  free(owners);
+  return finish(state, status, &plan, &err);
+}
+
+PyDoc_STRVAR(
+    hybrid_doc,
+    "plan_hybrid($module, /, ranks, num_experts, d_ff, group)\n--\n\n"
+    "Give contiguous blocks of experts to groups of consecutive ranks, and cut them evenly inside the group.\n\n"
+    "Args:\n"
+    "    ranks: number of ranks R, 1 to 1024.\n"
+    "    num_experts: number of experts E, 1 to 65536.\n"
+    "    d_ff: hidden width F of each expert.\n"
+    "    group: ranks in a group, a divisor of R: R is plan_shard, 1 is plan_expert_parallel.\n\n"
+    "Returns:\n"
+    "    [R, E, 2] int64.\n\n"
+    "Raises:\n"
+    "    ArgumentError: a size out of range, or R is not a multiple of group.\n\n"
+    "Example:\n"
+    "    >>> plan_hybrid(4, 2, 8, group=2)[:, 0].tolist()\n"
+    "    [[0, 4], [4, 8], [0, 0], [0, 0]]\n");
+
+static PyObject *plan_hybrid(PyObject *module, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"ranks", "num_experts", "d_ff", "group", NULL};
+  core_state *state = PyModule_GetState(module);
+  long long ranks, experts, group;
+  sizes s;
+  int32_t members;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "LLLL:plan_hybrid", names, &ranks, &experts, &s.F, &group)) return NULL;
+  if (!take_sizes(state, ranks, experts, &s) || !core_int32(state, "group", group, &members)) return NULL;
+  ms_plan plan;
+  ms_error err;
+  ms_status status;
+  Py_BEGIN_ALLOW_THREADS
+  status = ms_plan_hybrid(s.R, s.E, s.F, members, &plan, &err);
+  Py_END_ALLOW_THREADS
+  return finish(state, status, &plan, &err);
+}
+
+// A table from Python, borrowed from `columns`; copies are freed with free. -1 with an exception set.
+static int take_plan(core_state *state, PyObject *table, PyObject *copies, PyArrayObject **columns, ms_plan *out) {
+  array_need need = {.name = "columns", .type = NPY_INT64, .ndim = 3, .shape = {-1, -1, 2}, .dims = "R, E, 2"};
+  *out = (ms_plan){0};
+  if (!(*columns = array_take(state, table, &need))) return -1;
+  npy_intp R = PyArray_DIM(*columns, 0), E = PyArray_DIM(*columns, 1);
+  if (R > MS_MAX_RANKS || E > MS_MAX_EXPERTS) {
+    core_fail(state, MS_ESHAPE, "columns: got [%zd, %zd, 2], expected at most [%d, %d, 2]", R, E, MS_MAX_RANKS,
+              MS_MAX_EXPERTS);
+    goto failed;
+  }
+  *out = (ms_plan){.R = (int32_t)R, .E = (int32_t)E, .columns = PyArray_DATA(*columns)};
+  if (copies != Py_None) {
+    out->copies = array_take_int32(state, copies, "copies", E);
+  } else if ((out->copies = malloc((size_t)E * sizeof *out->copies))) {
+    for (npy_intp e = 0; e < E; e++) out->copies[e] = 1;
+  } else {
+    PyErr_NoMemory();
+  }
+  if (out->copies) return 0;
+failed:
+  Py_CLEAR(*columns);
+  return -1;
+}
+
+PyDoc_STRVAR(
+    check_doc,
+    "plan_check($module, /, columns, d_ff, copies=None)\n--\n\n"
+    "Check that every column of every expert is held by as many ranks as declared.\n\n"
+    "Args:\n"
+    "    columns: [R, E, 2] integers: rank r holds columns [start, stop) of expert e.\n"
+    "    d_ff: hidden width F of each expert.\n"
+    "    copies: [E] integers, how many ranks hold each column of an expert (0: pruned). None: one.\n\n"
+    "Raises:\n"
+    "    ArgumentError: names the expert, the columns, and by how many ranks they are held.\n"
+    "    ShapeError: columns is not [R, E, 2], or copies not [E].\n"
+    "    DTypeError: not integers.\n");
+
+static PyObject *plan_check(PyObject *module, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"columns", "d_ff", "copies", NULL};
+  core_state *state = PyModule_GetState(module);
+  PyObject *table = NULL, *copies = Py_None;
+  PyArrayObject *columns = NULL;
+  long long F;
+  ms_plan plan;
+  ms_error err;
+  ms_status status;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OL|O:plan_check", names, &table, &F, &copies)) return NULL;
+  if (F < 1) return core_fail(state, MS_EINVAL, "d_ff: got %lld, expected at least 1", F);
+  if (take_plan(state, table, copies, &columns, &plan)) return NULL;
+  plan.F = F;
+  Py_BEGIN_ALLOW_THREADS
+  status = ms_plan_check(&plan, &err);
+  Py_END_ALLOW_THREADS
+  free(plan.copies);
+  Py_DECREF(columns);
+  return core_none(state, status, &err);
+}
+
+PyDoc_STRVAR(
+    work_doc,
+    "plan_work($module, /, columns, counts, copies=None)\n--\n\n"
+    "Work of each rank for a routing histogram.\n\n"
+    "Args:\n"
+    "    columns: [R, E, 2] integers, as plan_shard returns.\n"
+    "    counts: [E] integers, slots (token, choice) of each expert.\n"
+    "    copies: [E] integers, as in plan_check. None: one.\n\n"
+    "Returns:\n"
+    "    [R] float64, in token-columns: sum_e counts[e] * columns held / copies[e].\n\n"
+    "Raises:\n"
+    "    ShapeError: an argument of another shape.\n"
+    "    DTypeError: not integers.\n\n"
+    "Example:\n"
+    "    >>> plan_work(plan_expert_parallel(2, 2, 8), [3, 1]).tolist()\n"
+    "    [24.0, 8.0]\n");
+
+static PyObject *plan_work(PyObject *module, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"columns", "counts", "copies", NULL};
+  core_state *state = PyModule_GetState(module);
+  PyObject *table = NULL, *histogram = NULL, *copies = Py_None, *work = NULL;
+  PyArrayObject *columns = NULL, *counts = NULL;
+  ms_plan plan;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|O:plan_work", names, &table, &histogram, &copies)) return NULL;
+  if (take_plan(state, table, copies, &columns, &plan)) return NULL;
+  char dims[32];
+  snprintf(dims, sizeof dims, "E=%d", plan.E);
+  array_need need = {.name = "counts", .type = NPY_INT64, .ndim = 1, .shape = {plan.E}, .dims = dims};
+  if (!(counts = array_take(state, histogram, &need))) goto done;
+  if (!(work = array_new(NPY_DOUBLE, 1, plan.R, 0))) goto done;
+  ms_plan_work(&plan, PyArray_DATA(counts), array_data(work));
+done:
+  free(plan.copies);
+  Py_XDECREF((PyObject *)counts);
+  Py_DECREF(columns);
+  return work;
+}
+
+static PyMethodDef functions[] = {
+    {"plan_shard", (PyCFunction)(void (*)(void))plan_shard, METH_VARARGS | METH_KEYWORDS, shard_doc},
+    {"plan_expert_parallel", (PyCFunction)(void (*)(void))plan_expert_parallel, METH_VARARGS | METH_KEYWORDS,
+     expert_parallel_doc},
+    {"plan_hybrid", (PyCFunction)(void (*)(void))plan_hybrid, METH_VARARGS | METH_KEYWORDS, hybrid_doc},
+    {"plan_check", (PyCFunction)(void (*)(void))plan_check, METH_VARARGS | METH_KEYWORDS, check_doc},
+    {"plan_work", (PyCFunction)(void (*)(void))plan_work, METH_VARARGS | METH_KEYWORDS, work_doc},
+    {0}};
+
+int core_add_plan(PyObject *module) { return PyModule_AddFunctions(module, functions); }
