@@ -2,7 +2,8 @@
 """Builds moeshard._core: the C core, its kernels once per instruction set, and the binding.
 
 Environment: MOESHARD_WERROR=1 (all warnings, as errors), MOESHARD_DEBUG=1 (-O0 -g), MOESHARD_SANITIZE=address,undefined
-(or thread), MOESHARD_CUDA=0|auto|1 (this version has no CUDA engine: 1 stops).
+(or thread), MOESHARD_CUDA=0|auto|1 (this version has no CUDA engine: 1 stops). Changing one of them rebuilds nothing by
+itself: `python setup.py build_ext --inplace --force` does.
 """
 
 import os
@@ -16,6 +17,10 @@ from pathlib import Path
 import numpy
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
+
+if not sys.platform.startswith("linux"):
+    sys.exit(f"moeshard needs Linux (futexes, /dev/shm), this is {sys.platform}")
 
 VERSION = tomllib.loads(Path("pyproject.toml").read_text())["project"]["version"]
 KERNELS = "csrc/kernels/kernels.c"
@@ -60,14 +65,14 @@ class BuildExt(build_ext):
     """Compiles the kernels once per instruction set; each build names its own table, so a mix-up cannot link."""
 
     def build_extension(self, ext):
-        for isa, flags in ISAS.items():
-            ext.extra_objects += self.compiler.compile(
-                [KERNELS],
-                output_dir=os.path.join(self.build_temp, isa),
-                macros=[("MS_ISA", isa)],
-                extra_postargs=[*COMPILE, "-ffp-contract=fast", *flags],
-                depends=HEADERS,
-            )
+        if self.force or newer_group([*ext.sources, *ext.depends], self.get_ext_fullpath(ext.name)):
+            for isa, flags in ISAS.items():
+                ext.extra_objects += self.compiler.compile(
+                    [KERNELS],
+                    output_dir=os.path.join(self.build_temp, isa),
+                    macros=[("MS_ISA", isa)],
+                    extra_postargs=[*COMPILE, "-ffp-contract=fast", *flags],
+                )
         super().build_extension(ext)
 
 
@@ -84,7 +89,7 @@ setup(
             extra_compile_args=[*COMPILE, "-ffp-contract=off"],
             extra_link_args=LINK,
             libraries=["m", "rt"],
-            depends=[*HEADERS, KERNELS],
+            depends=[*HEADERS, KERNELS, "setup.py", "pyproject.toml"],
             py_limited_api=ABI3,
         )
     ],

@@ -1,11 +1,13 @@
-"""Types of the C extension. One class or function per chapter of csrc/moeshard.h; see there for costs and errors."""
+# SPDX-License-Identifier: Apache-2.0
+"""Types of the C extension, in the order of csrc/moeshard.h. What each does, its shapes and errors: help(name)."""
 
 from collections.abc import Sequence
-from typing import Any, Final, Literal, Protocol, final
+from typing import Any, Final, Literal, Protocol, Self, final, type_check_only
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+@type_check_only
 class SupportsDLPack(Protocol):
     def __dlpack__(self, *, stream: Any = None) -> Any: ...
     def __dlpack_device__(self) -> tuple[Any, Any]: ...
@@ -15,7 +17,7 @@ Activation = Literal["identity", "relu", "gelu", "gelu_tanh", "silu"]
 
 __version__: Final[str]
 
-# chapter 0
+# chapter 0: errors, threads, tensors
 class MoeshardError(Exception): ...
 class ArgumentError(MoeshardError, ValueError): ...
 class ShapeError(MoeshardError, ValueError): ...
@@ -32,21 +34,9 @@ def isa_available() -> tuple[str, ...]: ...
 def set_num_threads(count: int, /) -> None: ...
 def get_num_threads() -> int: ...
 
-# chapter P
-def plan_shard(ranks: int, num_experts: int, d_ff: int, speed: NDArray[np.float64] | None = None) -> NDArray[np.int64]: ...
-def plan_expert_parallel(
-    ranks: int, num_experts: int, d_ff: int, owner: NDArray[np.int32] | None = None
-) -> NDArray[np.int64]: ...
-def plan_hybrid(ranks: int, num_experts: int, d_ff: int, group: int) -> NDArray[np.int64]: ...
-def plan_check(columns: NDArray[np.int64], d_ff: int, copies: NDArray[np.int32] | None = None) -> None: ...
-def plan_work(
-    columns: NDArray[np.int64], counts: NDArray[np.int64], copies: NDArray[np.int32] | None = None
-) -> NDArray[np.float64]: ...
-
-# tensors out: 64-byte aligned memory of our own, exported by DLPack and (float32, float16) the buffer protocol
 @final
 class Tensor:
-    def __init__(self, shape: tuple[int, ...], dtype: DType) -> None: ...
+    def __new__(cls, shape: tuple[int, ...], dtype: DType) -> Self: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
     @property
@@ -54,23 +44,32 @@ class Tensor:
     def __dlpack__(
         self,
         *,
-        stream: Any = None,
+        stream: None = None,
         max_version: tuple[int, int] | None = None,
         dl_device: tuple[int, int] | None = None,
         copy: bool | None = None,
     ) -> Any: ...
     def __dlpack_device__(self) -> tuple[int, int]: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...  # not for bfloat16
 
-# (shape, dtype name, (device type, device id), is contiguous) of any DLPack tensor, without touching its data
 def tensor_info(tensor: SupportsDLPack, /) -> tuple[tuple[int, ...], str, tuple[int, int], bool]: ...
 
-# chapter W
+# chapter P: plan. Columns are [R, E, 2].
+def plan_shard(ranks: int, num_experts: int, d_ff: int, speed: ArrayLike | None = None) -> NDArray[np.int64]: ...
+def plan_expert_parallel(
+    ranks: int, num_experts: int, d_ff: int, owner: ArrayLike | None = None
+) -> NDArray[np.int64]: ...
+def plan_hybrid(ranks: int, num_experts: int, d_ff: int, group: int) -> NDArray[np.int64]: ...
+def plan_check(columns: ArrayLike, d_ff: int, copies: ArrayLike | None = None) -> None: ...
+def plan_work(columns: ArrayLike, counts: ArrayLike, copies: ArrayLike | None = None) -> NDArray[np.float64]: ...
+
+# chapter W: experts
 @final
 class PackedExperts:
-    def __init__(
-        self,
+    def __new__(
+        cls,
         *,
-        columns: NDArray[np.int64],  # [E, 2] this rank's columns
+        columns: ArrayLike,  # [E, 2], this rank's
         d_model: int,
         d_ff: int,
         dtype: DType,
@@ -78,23 +77,22 @@ class PackedExperts:
         gated: bool,
         b_in: bool,
         b_out: bool,
-    ) -> None: ...
+    ) -> Self: ...
     def pack(
         self,
         expert: int,
-        w_in: SupportsDLPack,
-        w_out: SupportsDLPack,
+        w_in: SupportsDLPack,  # [count, D] ([2*count, D] gated)
+        w_out: SupportsDLPack,  # [D, count]
         b_in: SupportsDLPack | None = None,
         b_out: SupportsDLPack | None = None,
         *,
         first: int = 0,
     ) -> None: ...
-    # into preallocated contiguous tensors: w_in [Fr, D] ([2*Fr, D]), w_out [D, Fr] of this dtype, biases float32
     def unpack(
         self,
         expert: int,
-        w_in: SupportsDLPack | None = None,
-        w_out: SupportsDLPack | None = None,
+        w_in: SupportsDLPack | None = None,  # [Fr, D] ([2*Fr, D] gated)
+        w_out: SupportsDLPack | None = None,  # [D, Fr]
         b_in: SupportsDLPack | None = None,
         b_out: SupportsDLPack | None = None,
     ) -> None: ...
@@ -119,48 +117,48 @@ class PackedExperts:
     @property
     def has_b_out(self) -> bool: ...
 
-# the batch: steps 1, 3, 4 (steps 2 and 5 belong to the exchange)
+# the batch: steps 1, 3, 4; steps 2 and 5 belong to the exchange
 @final
 class Batch:
-    def __init__(self) -> None: ...
+    def __new__(cls) -> Self: ...
     def route(
         self,
-        hidden_states: SupportsDLPack,  # [T, D] float32, bfloat16 or float16
+        hidden_states: SupportsDLPack,  # [T, D]
         top_k_index: SupportsDLPack,  # [T, K] int32 or int64
-        top_k_weights: SupportsDLPack,  # [T, K] float32, bfloat16 or float16
+        top_k_weights: SupportsDLPack,  # [T, K]
         num_experts: int,
-        out: SupportsDLPack | None = None,  # [T, D] dtype of hidden_states
+        out: SupportsDLPack | None = None,  # [T, D]
         *,
         layer: int = 0,
         replicated: bool = False,
     ) -> None: ...
     def group(self) -> None: ...
-    def ffn(self, experts: PackedExperts) -> None: ...
-    # for transports written in Python (torch.distributed): the halves of gather and combine
-    def header(self, call: int) -> NDArray[np.int64]: ...  # ms_header as int64 words
+    def ffn(self, experts: PackedExperts, /) -> None: ...
+    # the halves of gather and combine, for a transport written in Python
+    def header(self, call: int) -> NDArray[np.int64]: ...  # [8]
     def gather_from(
         self,
         rank: int,
-        tokens: NDArray[np.int64],  # [R]
+        tokens: ArrayLike,  # [R]
         hidden_states: SupportsDLPack,  # [N, D]
-        top_k_index: NDArray[np.int32],  # [N, K]
-        top_k_weights: NDArray[np.float32],  # [N, K]
+        top_k_index: SupportsDLPack,  # [N, K] int32
+        top_k_weights: SupportsDLPack,  # [N, K] float32
     ) -> None: ...
-    def combine_choices(self) -> NDArray[np.float32]: ...  # [N, D], valid until the next route
-    def combine_ranks(self, parts: Sequence[NDArray[np.float32]]) -> None: ...  # R arrays [T, D]
-    def routing(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]: ...  # this rank's [T, K], copies
-    def rows(self) -> NDArray[Any]: ...  # after gather: [N, D] copy; uint16 words for 16-bit dtypes
-    def counts(self) -> NDArray[np.int64]: ...  # after group: [E] slots of each expert, all ranks
+    def combine_choices(self) -> NDArray[np.float32]: ...  # [N, D], not a copy
+    def combine_ranks(self, parts: Sequence[SupportsDLPack], /) -> None: ...  # R times [T, D] float32
+    def routing(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]: ...  # [T, K] each
+    def rows(self) -> NDArray[Any]: ...  # [N, D]; uint16 words for 16-bit dtypes
+    def counts(self) -> NDArray[np.int64]: ...  # [E]
     @property
-    def tokens_per_rank(self) -> NDArray[np.int64]: ...  # after gather: [R]
+    def tokens_per_rank(self) -> NDArray[np.int64]: ...  # [R]
     @property
     def shape(self) -> tuple[int, int, int]: ...  # (T, D, K)
     @property
     def nbytes(self) -> int: ...
 
-def header_check(headers: NDArray[np.int64], /) -> None: ...  # [R, words of Batch.header]
+def header_check(headers: ArrayLike, /) -> None: ...  # [R, 8]
 
-# chapter X
+# chapter X: exchange
 @final
 class Exchange:
     def gather(self, batch: Batch, /) -> None: ...

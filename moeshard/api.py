@@ -345,6 +345,10 @@ def _from_all(group: Group, rows: torch.Tensor) -> Sequence[torch.Tensor]:
 
 
 def _return_freed_memory() -> None:
-    """Give freed weights back to the system: glibc keeps blocks below its threshold (32 MiB at most) for itself."""
+    """Give freed weights back to the system.
+
+    glibc raises the size above which it does so by itself (to 32 MiB at most) with each block that is freed: of a model
+    of 252 MiB that had been converted, 234 stayed with the process.
+    """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

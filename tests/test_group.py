@@ -183,7 +183,10 @@ def layer_over_gloo(ranks, path, case, tokens, dtype, replicated):
     )
     inputs = [torch.from_numpy(case[name])[rows] for name in ("hidden", "index", "weights")]
     inputs[0] = inputs[0].to(dtype)
-    return layer(*inputs).float().numpy()
+    output = layer(*inputs)
+    layer.group = subgroup(ranks)  # the same layer through shared memory
+    assert torch.equal(layer(*inputs), output), "other bits than through shared memory"
+    return output.float().numpy()
 
 
 @pytest.fixture(scope="module")

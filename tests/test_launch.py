@@ -211,6 +211,18 @@ def test_exit_and_interrupt_in_a_worker_do_not_end_the_caller(two):
     assert two.run(os.getpid) == two.pids
 
 
+def test_ranks_that_did_not_notice_an_error_make_a_new_group_too():
+    def fail():
+        if moeshard.init().rank == 1:
+            raise ValueError("the cause")
+        time.sleep(2)  # longer than the others are waited for, and no collective call
+
+    with moeshard.launch(3, timeout=5) as ranks:
+        with pytest.raises(ValueError, match="the cause"):
+            ranks.run(fail)
+        assert ranks.run(lambda: moeshard.init().all_gather(b"again")) == [[b"again"] * 3] * 3
+
+
 def test_the_cause_is_raised_not_its_echo_and_nobody_waits_for_the_timeout(two):
     def fail():
         group = moeshard.init()
@@ -267,6 +279,17 @@ def test_a_rank_killed_between_runs_is_named():
         with pytest.raises(moeshard.RankLost, match="rank 0 of 2.*SIGKILL"):
             ranks.run(os.getpid)
     assert not any(map(alive, ranks.pids))
+
+
+def test_shared_memory_of_ranks_killed_while_they_meet_is_removed():
+    with moeshard.launch(2) as ranks:
+        name = ranks.run(lambda: moeshard.group.launched.name)[0]
+        file = Path(f"/dev/shm/moeshard-{name}-1-0")  # as a rank leaves it that is killed before all have met
+        for pid in ranks.pids:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not any(map(alive, ranks.pids)))
+        file.touch()
+    assert not file.exists()
 
 
 def test_a_worker_that_cannot_start_shows_why(capsys):

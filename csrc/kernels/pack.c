@@ -57,10 +57,16 @@ INLINE void pack_as(const ms_dtype from, const ms_dtype storage, const ms_matrix
 void ms_panel_pack(const ms_matrix *m, int64_t row, int64_t col, int32_t columns, int64_t K,
                    ms_dtype storage, void *panel) {
 #define CASE(FROM, TO)                                                                             \
-  if (m->dtype == FROM && storage == TO) pack_as(FROM, TO, m, row, col, columns, K, panel);
-  CASE(MS_F32, MS_F32)
-  CASE(MS_F32, MS_BF16) CASE(MS_F32, MS_F16) CASE(MS_BF16, MS_F32) CASE(MS_BF16, MS_BF16)
-      CASE(MS_BF16, MS_F16) CASE(MS_F16, MS_F32) CASE(MS_F16, MS_BF16) CASE(MS_F16, MS_F16)
+  if (m->dtype == FROM && storage == TO) pack_as(FROM, TO, m, row, col, columns, K, panel)
+  CASE(MS_F32, MS_F32);
+  CASE(MS_F32, MS_BF16);
+  CASE(MS_F32, MS_F16);
+  CASE(MS_BF16, MS_F32);
+  CASE(MS_BF16, MS_BF16);
+  CASE(MS_BF16, MS_F16);
+  CASE(MS_F16, MS_F32);
+  CASE(MS_F16, MS_BF16);
+  CASE(MS_F16, MS_F16);
 #undef CASE
 }
 

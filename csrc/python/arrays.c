@@ -21,7 +21,8 @@ PyArrayObject *array_take(core_state *state, PyObject *like, const array_need *n
 
   char got[128] = "";
   for (int i = 0, used = 0; i < PyArray_NDIM(array) && used < (int)sizeof got - 32; i++)
-    used += snprintf(got + used, sizeof got - (size_t)used, "%s%lld", i ? ", " : "", (long long)PyArray_DIM(array, i));
+    used += snprintf(got + used, sizeof got - (size_t)used, "%s%lld", i ? ", " : "",
+                     (long long)PyArray_DIM(array, i));
   core_fail(state, MS_ESHAPE, "%s: got [%s], expected [%s]", need->name, got, need->dims);
   Py_DECREF(array);
   return NULL;

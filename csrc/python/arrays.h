@@ -7,10 +7,10 @@
 
 typedef struct array_need {
   const char *name;
-  int type;          // NPY_INT64 or NPY_DOUBLE; only conversions that keep every value
+  int type; // NPY_INT64 or NPY_DOUBLE; only conversions that keep every value
   int32_t ndim;
-  int64_t shape[3];  // -1: any, but not 0
-  const char *dims;  // for messages: "R, E, 2"
+  int64_t shape[3]; // -1: any, but not 0
+  const char *dims; // for messages: "R, E, 2"
 } array_need;
 
 // A new reference to a contiguous array; NULL with an exception set.

@@ -92,7 +92,8 @@ static bool enter_gathered(core_state *state, batch_object *self, const char *st
     return true;
   } else if (core_exchange_enter(state, self->exchange)) {
     if (self->exchange->exchange && self->exchange->turn == self->turn) return true;
-    core_fail(state, MS_EINVAL, "%s: the exchange was used for another call since, or closed: gather again", step);
+    core_fail(state, MS_EINVAL,
+              "%s: the exchange was used for another call since, or closed: gather again", step);
     core_exchange_leave(self->exchange);
   }
   core_batch_leave(self);
@@ -152,57 +153,76 @@ typedef struct route_views {
 
 static bool overlap(const tensor_view *a, const tensor_view *b) {
   uintptr_t from_a = (uintptr_t)a->data, from_b = (uintptr_t)b->data;
-  return from_a < from_b + (uintptr_t)tensor_view_bytes(b) && from_b < from_a + (uintptr_t)tensor_view_bytes(a);
+  return from_a < from_b + (uintptr_t)tensor_view_bytes(b) &&
+         from_b < from_a + (uintptr_t)tensor_view_bytes(a);
 }
 
 static int take_routing(core_state *state, PyObject *const tensors[4], route_views *v) {
-  tensor_need hidden = {.name = "hidden_states", .dtypes = TENSOR_FLOATS, .ndim = 2, .shape = {-1, -1}, .dims = "TD"};
+  tensor_need hidden = {
+      .name = "hidden_states", .dtypes = TENSOR_FLOATS, .ndim = 2, .shape = {-1, -1}, .dims = "TD"};
   if (tensor_view_take(state, tensors[0], &hidden, &v->hidden)) return -1;
   int64_t T = v->hidden.shape[0], D = v->hidden.shape[1];
-  tensor_need index = {.name = "top_k_index", .dtypes = TENSOR_INTEGERS, .ndim = 2, .shape = {T, -1}, .dims = "TK"};
+  tensor_need index = {
+      .name = "top_k_index", .dtypes = TENSOR_INTEGERS, .ndim = 2, .shape = {T, -1}, .dims = "TK"};
   if (tensor_view_take(state, tensors[1], &index, &v->index)) return -1;
   int64_t K = v->index.shape[1];
-  tensor_need weights = {.name = "top_k_weights", .dtypes = TENSOR_FLOATS, .ndim = 2, .shape = {T, K}, .dims = "TK"};
+  tensor_need weights = {
+      .name = "top_k_weights", .dtypes = TENSOR_FLOATS, .ndim = 2, .shape = {T, K}, .dims = "TK"};
   if (tensor_view_take(state, tensors[2], &weights, &v->weights)) return -1;
   if (K > MS_MAX_CHOICES) {
-    core_fail(state, MS_ESHAPE, "top_k_index: got K=%lld choices, expected 0 to %d", (long long)K, MS_MAX_CHOICES);
+    core_fail(state, MS_ESHAPE, "top_k_index: got K=%lld choices, expected 0 to %d", (long long)K,
+              MS_MAX_CHOICES);
     return -1;
   }
   if (tensors[3] == Py_None) return 0;
-  tensor_need out = {.name = "out", .dtypes = 1u << v->hidden.type, .ndim = 2, .shape = {T, D}, .dims = "TD", .write = true};
+  tensor_need out = {.name = "out",
+                     .dtypes = 1u << v->hidden.type,
+                     .ndim = 2,
+                     .shape = {T, D},
+                     .dims = "TD",
+                     .write = true};
   if (tensor_view_take(state, tensors[3], &out, &v->out)) return -1;
   if (!overlap(&v->hidden, &v->out)) return 0;
-  core_fail(state, MS_EINVAL, "out: got memory that overlaps hidden_states, expected a tensor of its own");
+  core_fail(state, MS_EINVAL,
+            "out: got memory that overlaps hidden_states, expected a tensor of its own");
   return -1;
 }
 
-PyDoc_STRVAR(
-    route_doc,
-    "route($self, /, hidden_states, top_k_index, top_k_weights, num_experts, out=None, *, layer=0, replicated=False)\n--\n\n"
-    "Step 1: take the router's choices for this rank's tokens, and refuse bad ones.\n\n"
-    "Index and weights are copied. hidden_states and out are borrowed: the batch keeps them alive, and they must not\n"
-    "be resized, until combine or the next route.\n\n"
-    "Args:\n"
-    "    hidden_states: [T, D] float32, bfloat16 or float16, contiguous, in CPU memory.\n"
-    "    top_k_index: [T, K] int32 or int64, the experts of each token, 0 to E-1; -1 = no expert. K is 0 to 64.\n"
-    "    top_k_weights: [T, K] float32, bfloat16 or float16, finite; multiplies each expert's output.\n"
-    "    num_experts: number of experts E.\n"
-    "    out: [T, D] of the dtype of hidden_states, contiguous, not overlapping it; combine writes it.\n"
-    "        None: nothing is combined, the rows are only gathered.\n"
-    "    layer: which layer this is; ranks check that they agree.\n"
-    "    replicated: all ranks hold the same tokens: none are gathered, and out is the sum over the ranks.\n\n"
-    "Raises:\n"
-    "    ShapeError: a shape that does not fit the others.\n"
-    "    DTypeError: a dtype that is not accepted, or no tensor.\n"
-    "    RangeError: an index outside -1..E-1, or a weight that is not finite; names token, choice and value.\n"
-    "    ArgumentError: a tensor that is not contiguous, not in CPU memory, read-only (out) or overlapping (out); a\n"
-    "        num_experts out of range; a batch in use by another thread.\n\n"
-    "Example:\n"
-    "    >>> import numpy as np\n"
-    "    >>> batch = Batch()\n"
-    "    >>> batch.route(np.ones((3, 4), np.float32), np.zeros((3, 1), int), np.ones((3, 1), np.float32), 2)\n"
-    "    >>> batch.shape\n"
-    "    (3, 4, 1)\n");
+PyDoc_STRVAR(route_doc,
+             "route($self, /, hidden_states, top_k_index, top_k_weights, num_experts, out=None, *, "
+             "layer=0, replicated=False)\n--\n\n"
+             "Step 1: take the router's choices for this rank's tokens, and refuse bad ones.\n\n"
+             "Index and weights are copied. hidden_states and out are borrowed: the batch keeps "
+             "them alive, and they must not\n"
+             "be resized, until combine or the next route.\n\n"
+             "Args:\n"
+             "    hidden_states: [T, D] float32, bfloat16 or float16, contiguous, in CPU memory.\n"
+             "    top_k_index: [T, K] int32 or int64, the experts of each token, 0 to E-1; -1 = no "
+             "expert. K is 0 to 64.\n"
+             "    top_k_weights: [T, K] float32, bfloat16 or float16, finite; multiplies each "
+             "expert's output.\n"
+             "    num_experts: number of experts E.\n"
+             "    out: [T, D] of the dtype of hidden_states, contiguous, not overlapping it; "
+             "combine writes it.\n"
+             "        None: nothing is combined, the rows are only gathered.\n"
+             "    layer: which layer this is; ranks check that they agree.\n"
+             "    replicated: all ranks hold the same tokens: none are gathered, and out is the "
+             "sum over the ranks.\n\n"
+             "Raises:\n"
+             "    ShapeError: a shape that does not fit the others.\n"
+             "    DTypeError: a dtype that is not accepted, or no tensor.\n"
+             "    RangeError: an index outside -1..E-1, or a weight that is not finite; names "
+             "token, choice and value.\n"
+             "    ArgumentError: a tensor that is not contiguous, not in CPU memory, read-only "
+             "(out) or overlapping (out); a\n"
+             "        num_experts out of range; a batch in use by another thread.\n\n"
+             "Example:\n"
+             "    >>> import numpy as np\n"
+             "    >>> batch = Batch()\n"
+             "    >>> batch.route(np.ones((3, 4), np.float32), np.zeros((3, 1), int), np.ones((3, "
+             "1), np.float32), 2)\n"
+             "    >>> batch.shape\n"
+             "    (3, 4, 1)\n");
 
 static PyObject *batch_route(PyObject *object, PyObject *args, PyObject *kwargs) {
   static char *names[] = {"hidden_states", "top_k_index", "top_k_weights", "num_experts",
@@ -212,8 +232,8 @@ static PyObject *batch_route(PyObject *object, PyObject *args, PyObject *kwargs)
   PyObject *tensors[4] = {NULL, NULL, NULL, Py_None};
   long long experts, layer = 0;
   int replicated = 0;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOL|O$Lp:route", names, &tensors[0], &tensors[1], &tensors[2],
-                                   &experts, &tensors[3], &layer, &replicated))
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOL|O$Lp:route", names, &tensors[0], &tensors[1],
+                                   &tensors[2], &experts, &tensors[3], &layer, &replicated))
     return NULL;
   int32_t E;
   if (!core_int32(state, "num_experts", experts, &E)) return NULL;
@@ -228,19 +248,19 @@ static PyObject *batch_route(PyObject *object, PyObject *args, PyObject *kwargs)
   self->grouped = false;
   ms_error err;
   ms_status status;
-  Py_BEGIN_ALLOW_THREADS
-  status = ms_route(self->batch, v.hidden.data, v.hidden.type, v.index.data, v.index.type, v.weights.data,
-                    v.weights.type, v.hidden.shape[0], v.hidden.shape[1], (int32_t)v.index.shape[1], E, v.out.data,
-                    &err);
-  Py_END_ALLOW_THREADS
-  if (status == MS_OK) {
+  Py_BEGIN_ALLOW_THREADS status =
+      ms_route(self->batch, v.hidden.data, v.hidden.type, v.index.data, v.index.type,
+               v.weights.data, v.weights.type, v.hidden.shape[0], v.hidden.shape[1],
+               (int32_t)v.index.shape[1], E, v.out.data, &err);
+  Py_END_ALLOW_THREADS if (status == MS_OK) {
     self->batch->layer = layer;
     self->batch->replicated = replicated;
     self->routed = true;
     self->hidden = v.hidden.hold;
     self->out = v.out.hold;
     v.hidden.hold = v.out.hold = (tensor_hold){0};
-  } else { // its buffers may have moved before it failed
+  }
+  else { // its buffers may have moved before it failed
     *self->batch = (ms_batch){.memory = self->batch->memory};
   }
   core_batch_leave(self);
@@ -259,17 +279,17 @@ done:
 enum { HEADER_WORDS = sizeof(ms_header) / sizeof(int64_t) };
 _Static_assert(sizeof(ms_header) % sizeof(int64_t) == 0, "a header travels as int64 words");
 
-PyDoc_STRVAR(
-    header_doc,
-    "header($self, /, call)\n--\n\n"
-    "What ranks tell each other before a call: send it to all of them, then header_check what came.\n\n"
-    "Args:\n"
-    "    call: number of this call, the same on all ranks.\n\n"
-    "Returns:\n"
-    "    [8] int64, the words of ms_header in csrc/moeshard.h: call, layer, T, D, K, E, dtype and replicated\n"
-    "    (int32 each), digest of the routing.\n\n"
-    "Raises:\n"
-    "    ArgumentError: a negative call, or nothing routed.\n");
+PyDoc_STRVAR(header_doc, "header($self, /, call)\n--\n\n"
+                         "What ranks tell each other before a call: send it to all of them, then "
+                         "header_check what came.\n\n"
+                         "Args:\n"
+                         "    call: number of this call, the same on all ranks.\n\n"
+                         "Returns:\n"
+                         "    [8] int64, the words of ms_header in csrc/moeshard.h: call, layer, "
+                         "T, D, K, E, dtype and replicated\n"
+                         "    (int32 each), digest of the routing.\n\n"
+                         "Raises:\n"
+                         "    ArgumentError: a negative call, or nothing routed.\n");
 
 static PyObject *batch_header(PyObject *object, PyObject *args, PyObject *kwargs) {
   static char *names[] = {"call", NULL};
@@ -289,18 +309,20 @@ static PyObject *batch_header(PyObject *object, PyObject *args, PyObject *kwargs
   return words;
 }
 
-PyDoc_STRVAR(header_check_doc,
-             "header_check($module, headers, /)\n--\n\n"
-             "Compare the headers of all ranks: the same verdict, with the same text, on every rank.\n\n"
-             "Args:\n"
-             "    headers: [R, 8] int64, Batch.header of every rank.\n\n"
-             "Raises:\n"
-             "    RankMismatch: names what differs, the ranks and both values.\n"
-             "    ShapeError, DTypeError: not such an array.\n");
+PyDoc_STRVAR(
+    header_check_doc,
+    "header_check($module, headers, /)\n--\n\n"
+    "Compare the headers of all ranks: the same verdict, with the same text, on every rank.\n\n"
+    "Args:\n"
+    "    headers: [R, 8] int64, Batch.header of every rank.\n\n"
+    "Raises:\n"
+    "    RankMismatch: names what differs, the ranks and both values.\n"
+    "    ShapeError, DTypeError: not such an array.\n");
 
 static PyObject *header_check(PyObject *module, PyObject *headers) {
   core_state *state = PyModule_GetState(module);
-  array_need need = {.name = "headers", .type = NPY_INT64, .ndim = 2, .shape = {-1, HEADER_WORDS}, .dims = "R, 8"};
+  array_need need = {
+      .name = "headers", .type = NPY_INT64, .ndim = 2, .shape = {-1, HEADER_WORDS}, .dims = "R, 8"};
   PyArrayObject *array = array_take(state, headers, &need);
   if (!array) return NULL;
   int32_t R;
@@ -319,33 +341,48 @@ static int count_rows(core_state *state, const ms_batch *batch, PyArrayObject *t
   *N = 0;
   for (npy_intp r = 0; r < PyArray_DIM(tokens, 0); r++)
     if (count[r] < 0 || __builtin_add_overflow(*N, count[r], N)) {
-      core_fail(state, MS_EINVAL, "tokens[%zd]: got %lld, expected the tokens of a rank", r, (long long)count[r]);
+      core_fail(state, MS_EINVAL, "tokens[%zd]: got %lld, expected the tokens of a rank", r,
+                (long long)count[r]);
       return -1;
     }
   if (batch->replicated) *N = batch->T;
   return 0;
 }
 
-static int open_gathered(core_state *state, PyObject *const tensors[BATCH_GATHERED], tensor_view views[BATCH_GATHERED]) {
+static int open_gathered(core_state *state, PyObject *const tensors[BATCH_GATHERED],
+                         tensor_view views[BATCH_GATHERED]) {
   static const char *const names[] = {"hidden_states", "top_k_index", "top_k_weights"};
   for (int i = 0; i < BATCH_GATHERED; i++)
     if (tensor_view_open(state, tensors[i], names[i], false, &views[i])) return -1;
   return 0;
 }
 
-static int check_gathered(core_state *state, const ms_batch *batch, int64_t N, tensor_view views[BATCH_GATHERED]) {
-  const tensor_need needs[BATCH_GATHERED] = {
-      {.name = "hidden_states", .dtypes = 1u << batch->dtype, .ndim = 2, .shape = {N, batch->D}, .dims = "ND"},
-      {.name = "top_k_index", .dtypes = 1u << MS_I32, .ndim = 2, .shape = {N, batch->K}, .dims = "NK"},
-      {.name = "top_k_weights", .dtypes = 1u << MS_F32, .ndim = 2, .shape = {N, batch->K}, .dims = "NK"}};
+static int check_gathered(core_state *state, const ms_batch *batch, int64_t N,
+                          tensor_view views[BATCH_GATHERED]) {
+  const tensor_need needs[BATCH_GATHERED] = {{.name = "hidden_states",
+                                              .dtypes = 1u << batch->dtype,
+                                              .ndim = 2,
+                                              .shape = {N, batch->D},
+                                              .dims = "ND"},
+                                             {.name = "top_k_index",
+                                              .dtypes = 1u << MS_I32,
+                                              .ndim = 2,
+                                              .shape = {N, batch->K},
+                                              .dims = "NK"},
+                                             {.name = "top_k_weights",
+                                              .dtypes = 1u << MS_F32,
+                                              .ndim = 2,
+                                              .shape = {N, batch->K},
+                                              .dims = "NK"}};
   for (int i = 0; i < BATCH_GATHERED; i++)
     if (tensor_view_check(state, &needs[i], &views[i])) return -1;
   return 0;
 }
 
 // With the batch taken. None, or NULL with an exception set.
-static PyObject *gather_from(core_state *state, batch_object *self, int32_t rank, PyArrayObject *tokens,
-                             tensor_view views[BATCH_GATHERED], batch_debts *debts) {
+static PyObject *gather_from(core_state *state, batch_object *self, int32_t rank,
+                             PyArrayObject *tokens, tensor_view views[BATCH_GATHERED],
+                             batch_debts *debts) {
   int64_t N;
   int32_t R;
   ms_error err;
@@ -355,8 +392,8 @@ static PyObject *gather_from(core_state *state, batch_object *self, int32_t rank
   if (check_gathered(state, self->batch, N, views)) return NULL;
   core_batch_forget_gather(self, debts);
   self->grouped = false;
-  ms_status status = ms_gather_from(self->batch, rank, R, PyArray_DATA(tokens), views[0].data, views[1].data,
-                                    views[2].data, &err);
+  ms_status status = ms_gather_from(self->batch, rank, R, PyArray_DATA(tokens), views[0].data,
+                                    views[1].data, views[2].data, &err);
   self->gathered = status == MS_OK;
   for (int i = 0; i < BATCH_GATHERED && self->gathered; i++) {
     self->arrays[i] = views[i].hold;
@@ -386,8 +423,8 @@ static PyObject *batch_gather_from(PyObject *object, PyObject *args, PyObject *k
   core_state *state = core_state_of(object);
   PyObject *counts = NULL, *tensors[BATCH_GATHERED] = {NULL};
   long long rank;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "LOOOO:gather_from", names, &rank, &counts, &tensors[0], &tensors[1],
-                                   &tensors[2]))
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "LOOOO:gather_from", names, &rank, &counts,
+                                   &tensors[0], &tensors[1], &tensors[2]))
     return NULL;
   array_need need = {.name = "tokens", .type = NPY_INT64, .ndim = 1, .shape = {-1}, .dims = "R"};
   int32_t me;
@@ -410,11 +447,13 @@ done:
 
 // ---- steps 3 and 4 ------------------------------------------------------------------------------
 
-PyDoc_STRVAR(group_doc, "group($self, /)\n--\n\n"
-                        "Step 3: sort the (token, choice) slots of all ranks by expert. Tokens are not moved.\n\n"
-                        "Raises:\n"
-                        "    ArgumentError: nothing was gathered.\n"
-                        "    RangeError: a gathered index outside -1..E-1.\n");
+PyDoc_STRVAR(
+    group_doc,
+    "group($self, /)\n--\n\n"
+    "Step 3: sort the (token, choice) slots of all ranks by expert. Tokens are not moved.\n\n"
+    "Raises:\n"
+    "    ArgumentError: nothing was gathered.\n"
+    "    RangeError: a gathered index outside -1..E-1.\n");
 
 static PyObject *batch_group(PyObject *object, PyObject *unused) {
   (void)unused;
@@ -423,22 +462,22 @@ static PyObject *batch_group(PyObject *object, PyObject *unused) {
   if (!enter_gathered(state, self, "group")) return NULL;
   ms_error err;
   ms_status status;
-  Py_BEGIN_ALLOW_THREADS
-  status = ms_group(self->batch, &err);
-  Py_END_ALLOW_THREADS
-  self->grouped = status == MS_OK;
+  Py_BEGIN_ALLOW_THREADS status = ms_group(self->batch, &err);
+  Py_END_ALLOW_THREADS self->grouped = status == MS_OK;
   leave_gathered(self);
   return core_none(state, status, &err);
 }
 
-PyDoc_STRVAR(ffn_doc, "ffn($self, experts, /)\n--\n\n"
-                      "Step 4: both matrices of every expert, this rank's columns, for the slots of all ranks.\n\n"
-                      "The same bits for any number of threads, and for a token whatever its neighbours are.\n\n"
-                      "Args:\n"
-                      "    experts: PackedExperts with the E and D that were routed.\n\n"
-                      "Raises:\n"
-                      "    ShapeError: experts of another E or D.\n"
-                      "    ArgumentError: the batch was not grouped since the last gather.\n");
+PyDoc_STRVAR(
+    ffn_doc,
+    "ffn($self, experts, /)\n--\n\n"
+    "Step 4: both matrices of every expert, this rank's columns, for the slots of all ranks.\n\n"
+    "The same bits for any number of threads, and for a token whatever its neighbours are.\n\n"
+    "Args:\n"
+    "    experts: PackedExperts with the E and D that were routed.\n\n"
+    "Raises:\n"
+    "    ShapeError: experts of another E or D.\n"
+    "    ArgumentError: the batch was not grouped since the last gather.\n");
 
 static PyObject *batch_ffn(PyObject *object, PyObject *experts) {
   batch_object *self = as_batch(object);
@@ -454,10 +493,9 @@ static PyObject *batch_ffn(PyObject *object, PyObject *experts) {
   if (self->grouped) {
     ms_error err;
     ms_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = ms_ffn(self->batch, ((experts_object *)experts)->experts, pool->threads, &err);
-    Py_END_ALLOW_THREADS
-    result = core_none(state, status, &err);
+    Py_BEGIN_ALLOW_THREADS status =
+        ms_ffn(self->batch, ((experts_object *)experts)->experts, pool->threads, &err);
+    Py_END_ALLOW_THREADS result = core_none(state, status, &err);
   } else {
     core_fail(state, MS_EINVAL, "ffn: nothing was grouped since the last gather");
   }
@@ -492,18 +530,21 @@ static PyObject *lease_partial(batch_object *self) {
   }
   npy_intp shape[2] = {(npy_intp)b->N, (npy_intp)b->D};
   PyObject *array = PyArray_SimpleNewFromData(2, shape, NPY_FLOAT, b->partial);
-  if (array && PyArray_SetBaseObject((PyArrayObject *)array, Py_NewRef(self->lease))) Py_CLEAR(array);
+  if (array && PyArray_SetBaseObject((PyArrayObject *)array, Py_NewRef(self->lease)))
+    Py_CLEAR(array);
   return array;
 }
 
-PyDoc_STRVAR(combine_choices_doc,
-             "combine_choices($self, /)\n--\n\n"
-             "Step 5, first half: the sum of the K choices of each token, over this rank's columns.\n\n"
-             "Returns:\n"
-             "    [N, D] float32, this rank's partial outputs for the tokens of all ranks. Not a copy: later steps of\n"
-             "    this call write to it; from the next gather on it is the caller's own.\n\n"
-             "Raises:\n"
-             "    ArgumentError: not gathered by gather_from, or ffn has not run.\n");
+PyDoc_STRVAR(
+    combine_choices_doc,
+    "combine_choices($self, /)\n--\n\n"
+    "Step 5, first half: the sum of the K choices of each token, over this rank's columns.\n\n"
+    "Returns:\n"
+    "    [N, D] float32, this rank's partial outputs for the tokens of all ranks. Not a copy: "
+    "later steps of\n"
+    "    this call write to it; from the next gather on it is the caller's own.\n\n"
+    "Raises:\n"
+    "    ArgumentError: not gathered by gather_from, or ffn has not run.\n");
 
 static PyObject *batch_combine_choices(PyObject *object, PyObject *unused) {
   (void)unused;
@@ -515,10 +556,8 @@ static PyObject *batch_combine_choices(PyObject *object, PyObject *unused) {
   if (!enter_gathered_from(state, self, "combine_choices")) goto done;
   ms_error err;
   ms_status status;
-  Py_BEGIN_ALLOW_THREADS
-  status = ms_combine_choices(self->batch, pool->threads, &err);
-  Py_END_ALLOW_THREADS
-  array = status == MS_OK ? lease_partial(self) : core_raise(state, &err);
+  Py_BEGIN_ALLOW_THREADS status = ms_combine_choices(self->batch, pool->threads, &err);
+  Py_END_ALLOW_THREADS array = status == MS_OK ? lease_partial(self) : core_raise(state, &err);
   leave_gathered(self);
 done:
   core_pool_give_back(state, pool);
@@ -536,34 +575,36 @@ static int open_parts(core_state *state, PyObject *parts, Py_ssize_t count, tens
 }
 
 // With the batch taken.
-static PyObject *combine_ranks(core_state *state, batch_object *self, core_pool *pool, Py_ssize_t count,
-                               tensor_view *views, const float **data) {
+static PyObject *combine_ranks(core_state *state, batch_object *self, core_pool *pool,
+                               Py_ssize_t count, tensor_view *views, const float **data) {
   const ms_batch *b = self->batch;
   if (count != b->R)
-    return core_fail(state, MS_ESHAPE, "parts: got %zd arrays, expected one of each of the %d ranks", count, b->R);
-  tensor_need need = {.name = "parts", .dtypes = 1u << MS_F32, .ndim = 2, .shape = {b->T, b->D}, .dims = "TD"};
+    return core_fail(state, MS_ESHAPE,
+                     "parts: got %zd arrays, expected one of each of the %d ranks", count, b->R);
+  tensor_need need = {
+      .name = "parts", .dtypes = 1u << MS_F32, .ndim = 2, .shape = {b->T, b->D}, .dims = "TD"};
   for (Py_ssize_t r = 0; r < count; r++) {
     if (tensor_view_check(state, &need, &views[r])) return NULL;
     data[r] = views[r].data;
   }
   ms_error err;
   ms_status status;
-  Py_BEGIN_ALLOW_THREADS
-  status = ms_combine_ranks(self->batch, data, (int32_t)count, pool->threads, &err);
-  Py_END_ALLOW_THREADS
-  return core_none(state, status, &err);
+  Py_BEGIN_ALLOW_THREADS status =
+      ms_combine_ranks(self->batch, data, (int32_t)count, pool->threads, &err);
+  Py_END_ALLOW_THREADS return core_none(state, status, &err);
 }
 
-PyDoc_STRVAR(combine_ranks_doc,
-             "combine_ranks($self, parts, /)\n--\n\n"
-             "Step 5, second half: out[t] = the sum of all ranks' partial outputs for this rank's tokens, in rank order.\n\n"
-             "Closes the call: the batch lets go of what it has borrowed. Without an out, that is all it does.\n\n"
-             "Args:\n"
-             "    parts: R arrays [T, D] float32, contiguous, in rank order.\n\n"
-             "Raises:\n"
-             "    ShapeError: not R arrays, or one that is not [T, D].\n"
-             "    DTypeError: not float32.\n"
-             "    ArgumentError: not gathered by gather_from.\n");
+PyDoc_STRVAR(combine_ranks_doc, "combine_ranks($self, parts, /)\n--\n\n"
+                                "Step 5, second half: out[t] = the sum of all ranks' partial "
+                                "outputs for this rank's tokens, in rank order.\n\n"
+                                "Closes the call: the batch lets go of what it has borrowed. "
+                                "Without an out, that is all it does.\n\n"
+                                "Args:\n"
+                                "    parts: R arrays [T, D] float32, contiguous, in rank order.\n\n"
+                                "Raises:\n"
+                                "    ShapeError: not R arrays, or one that is not [T, D].\n"
+                                "    DTypeError: not float32.\n"
+                                "    ArgumentError: not gathered by gather_from.\n");
 
 static PyObject *batch_combine_ranks(PyObject *object, PyObject *parts) {
   batch_object *self = as_batch(object);
@@ -596,12 +637,13 @@ done:
 
 // ---- what is in it ------------------------------------------------------------------------------
 
-PyDoc_STRVAR(routing_doc, "routing($self, /)\n--\n\n"
-                          "What route has taken of this rank's tokens.\n\n"
-                          "Returns:\n"
-                          "    (top_k_index [T, K] int32, top_k_weights [T, K] float32), copies.\n\n"
-                          "Raises:\n"
-                          "    ArgumentError: nothing routed, or already combined.\n");
+PyDoc_STRVAR(routing_doc,
+             "routing($self, /)\n--\n\n"
+             "What route has taken of this rank's tokens.\n\n"
+             "Returns:\n"
+             "    (top_k_index [T, K] int32, top_k_weights [T, K] float32), copies.\n\n"
+             "Raises:\n"
+             "    ArgumentError: nothing routed, or already combined.\n");
 
 static PyObject *batch_routing(PyObject *object, PyObject *unused) {
   (void)unused;
@@ -621,12 +663,14 @@ done:
   return pair;
 }
 
-PyDoc_STRVAR(rows_doc, "rows($self, /)\n--\n\n"
-                       "The gathered tokens of all ranks.\n\n"
-                       "Returns:\n"
-                       "    [N, D], a copy, in rank order: float32, or uint16 words for bfloat16 and float16.\n\n"
-                       "Raises:\n"
-                       "    ArgumentError: nothing was gathered, or already combined.\n");
+PyDoc_STRVAR(
+    rows_doc,
+    "rows($self, /)\n--\n\n"
+    "The gathered tokens of all ranks.\n\n"
+    "Returns:\n"
+    "    [N, D], a copy, in rank order: float32, or uint16 words for bfloat16 and float16.\n\n"
+    "Raises:\n"
+    "    ArgumentError: nothing was gathered, or already combined.\n");
 
 static PyObject *batch_rows(PyObject *object, PyObject *unused) {
   (void)unused;
@@ -638,8 +682,8 @@ static PyObject *batch_rows(PyObject *object, PyObject *unused) {
   if (array) {
     char *to = array_data(array);
     size_t bytes = (size_t)(b->D * ms_dtype_size(b->dtype));
-    Py_BEGIN_ALLOW_THREADS
-    for (int64_t i = 0; i < b->N; i++, to += bytes) memcpy(to, b->row[i], bytes);
+    Py_BEGIN_ALLOW_THREADS for (int64_t i = 0; i < b->N; i++, to += bytes)
+        memcpy(to, b->row[i], bytes);
     Py_END_ALLOW_THREADS
   }
   leave_gathered(self);
@@ -663,7 +707,8 @@ static PyObject *batch_counts(PyObject *object, PyObject *unused) {
   if (!self->grouped)
     core_fail(state, MS_EINVAL, "counts: nothing was grouped since the last gather");
   else if ((array = array_new(NPY_INT64, 1, b->E, 0)))
-    for (int32_t e = 0; e < b->E; e++) ((int64_t *)array_data(array))[e] = b->offset[e + 1] - b->offset[e];
+    for (int32_t e = 0; e < b->E; e++)
+      ((int64_t *)array_data(array))[e] = b->offset[e + 1] - b->offset[e];
   core_batch_leave(self);
   return array;
 }
@@ -678,7 +723,8 @@ static PyObject *get_tokens_per_rank(PyObject *object, void *unused) {
   if (b->R < 1)
     core_fail(state, MS_EINVAL, "tokens_per_rank: nothing was gathered since the last route");
   else if ((array = array_new(NPY_INT64, 1, b->R, 0)))
-    for (int32_t r = 0; r < b->R; r++) ((int64_t *)array_data(array))[r] = b->first[r + 1] - b->first[r];
+    for (int32_t r = 0; r < b->R; r++)
+      ((int64_t *)array_data(array))[r] = b->first[r + 1] - b->first[r];
   core_batch_leave(self);
   return array;
 }
@@ -709,7 +755,8 @@ static PyMethodDef methods[] = {
     {"group", batch_group, METH_NOARGS, group_doc},
     {"ffn", batch_ffn, METH_O, ffn_doc},
     {"header", (PyCFunction)(void (*)(void))batch_header, METH_VARARGS | METH_KEYWORDS, header_doc},
-    {"gather_from", (PyCFunction)(void (*)(void))batch_gather_from, METH_VARARGS | METH_KEYWORDS, gather_from_doc},
+    {"gather_from", (PyCFunction)(void (*)(void))batch_gather_from, METH_VARARGS | METH_KEYWORDS,
+     gather_from_doc},
     {"combine_choices", batch_combine_choices, METH_NOARGS, combine_choices_doc},
     {"combine_ranks", batch_combine_ranks, METH_O, combine_ranks_doc},
     {"routing", batch_routing, METH_NOARGS, routing_doc},
@@ -719,26 +766,33 @@ static PyMethodDef methods[] = {
 
 static PyGetSetDef getset[] = {
     {"tokens_per_rank", get_tokens_per_rank, NULL,
-     "[R] int64: the tokens of each rank in the last gather; all of them at rank 0 when replicated.", NULL},
+     "[R] int64: the tokens of each rank in the last gather; all of them at rank 0 when "
+     "replicated.",
+     NULL},
     {"shape", get_shape, NULL, "(T, D, K) of the last route.", NULL},
-    {"nbytes", get_nbytes, NULL, "Bytes of memory held: it grows to the largest shape seen and never shrinks.", NULL},
+    {"nbytes", get_nbytes, NULL,
+     "Bytes of memory held: it grows to the largest shape seen and never shrinks.", NULL},
     {0}};
 
-PyDoc_STRVAR(type_doc,
-             "Batch()\n--\n\n"
-             "One forward pass, filled step by step: route, gather, group, ffn, combine. Used again for the next one.\n\n"
-             "Steps 2 and 5 belong to the exchange: exchange.gather(batch), exchange.combine(batch). A transport written in\n"
-             "Python uses header, gather_from, combine_choices and combine_ranks instead.\n\n"
-             "For one thread at a time: a call that finds it in use by another raises ArgumentError.\n");
+PyDoc_STRVAR(
+    type_doc,
+    "Batch()\n--\n\n"
+    "One forward pass, filled step by step: route, gather, group, ffn, combine. Used again for the "
+    "next one.\n\n"
+    "Steps 2 and 5 belong to the exchange: exchange.gather(batch), exchange.combine(batch). A "
+    "transport written in\n"
+    "Python uses header, gather_from, combine_choices and combine_ranks instead.\n\n"
+    "For one thread at a time: a call that finds it in use by another raises ArgumentError.\n");
 
-static PyType_Slot slots[] = {{Py_tp_doc, (void *)type_doc},     {Py_tp_new, batch_new},
-                              {Py_tp_dealloc, batch_dealloc},    {Py_tp_traverse, batch_traverse},
-                              {Py_tp_clear, batch_clear},        {Py_tp_methods, methods},
-                              {Py_tp_getset, getset},            {0, NULL}};
+static PyType_Slot slots[] = {{Py_tp_doc, (void *)type_doc},  {Py_tp_new, batch_new},
+                              {Py_tp_dealloc, batch_dealloc}, {Py_tp_traverse, batch_traverse},
+                              {Py_tp_clear, batch_clear},     {Py_tp_methods, methods},
+                              {Py_tp_getset, getset},         {0, NULL}};
 
 static PyType_Spec spec = {.name = "moeshard._core.Batch",
                            .basicsize = sizeof(batch_object),
-                           .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
+                           .flags =
+                               Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
                            .slots = slots};
 
 static PyMethodDef functions[] = {{"header_check", header_check, METH_O, header_check_doc}, {0}};

@@ -31,7 +31,8 @@
 
 // ---- module state -------------------------------------------------------------------------------
 
-typedef struct core_pool { // worker threads in use by `users` calls, and by the state while they are the current ones
+typedef struct
+    core_pool { // worker threads in use by `users` calls, and by the state while they are the current ones
   ms_threads *threads;
   int32_t users;
 } core_pool;
@@ -43,10 +44,11 @@ typedef struct core_state {
   PyTypeObject *tensor_type, *experts_type, *batch_type, *exchange_type;
   PyObject *dlpack, *exchange_table; // the names of the two protocols
 
-  pthread_mutex_t lock; // of what follows; held for a few instructions, never round a call of Python
-  core_pool *pool;      // NULL until it is needed
-  int32_t threads;      // its size
-  struct {              // the C exchange tables of the tensor types met last
+  pthread_mutex_t
+      lock;        // of what follows; held for a few instructions, never round a call of Python
+  core_pool *pool; // NULL until it is needed
+  int32_t threads; // its size
+  struct {         // the C exchange tables of the tensor types met last
     PyTypeObject *type;
     const DLPackExchangeAPI *api;
   } tables[CORE_TABLES];
@@ -71,7 +73,7 @@ PyTypeObject *core_add_type(PyObject *module, PyType_Spec *spec);
 // The current worker threads, not to be freed before they are given back; NULL with an exception set.
 core_pool *core_pool_take(core_state *state);
 void core_pool_give_back(core_state *state, core_pool *pool); // NULL is legal
-void core_pool_drop(core_state *state);                       // the state lets go of the current ones
+void core_pool_drop(core_state *state); // the state lets go of the current ones
 
 // ---- objects ------------------------------------------------------------------------------------
 
@@ -83,15 +85,13 @@ typedef struct tensor_hold {
 } tensor_hold;
 
 typedef struct experts_object {
-  PyObject_HEAD
-  ms_experts *experts;
+  PyObject_HEAD ms_experts *experts;
 } experts_object;
 
 typedef struct exchange_object {
-  PyObject_HEAD
-  ms_exchange *exchange; // NULL once closed
-  atomic_bool busy;      // a call is running
-  uint64_t turn;         // changes with every call: what an earlier gather pointed to is valid no more
+  PyObject_HEAD ms_exchange *exchange; // NULL once closed
+  atomic_bool busy;                    // a call is running
+  uint64_t turn; // changes with every call: what an earlier gather pointed to is valid no more
   const char *name;
   int32_t rank, ranks;
 } exchange_object;
@@ -99,14 +99,13 @@ typedef struct exchange_object {
 enum { BATCH_GATHERED = 3 };
 
 typedef struct batch_object {
-  PyObject_HEAD
-  ms_batch *batch;
+  PyObject_HEAD ms_batch *batch;
   atomic_bool busy;
-  bool routed;                          // hidden and out are held
-  bool gathered;                        // by `exchange` in its `turn`, or by gather_from when that is NULL
-  bool grouped;                         // the last gather was
-  tensor_hold hidden, out;              // from route to combine
-  tensor_hold arrays[BATCH_GATHERED];   // from gather_from to combine
+  bool routed;             // hidden and out are held
+  bool gathered;           // by `exchange` in its `turn`, or by gather_from when that is NULL
+  bool grouped;            // the last gather was
+  tensor_hold hidden, out; // from route to combine
+  tensor_hold arrays[BATCH_GATHERED]; // from gather_from to combine
   exchange_object *exchange;
   uint64_t turn;
   PyObject *lease; // capsule, base of the arrays that combine_choices gave out (batch.c)

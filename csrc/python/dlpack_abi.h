@@ -29,12 +29,12 @@ typedef struct DLDataType {
 } DLDataType;
 
 typedef struct DLTensor {
-  void *data;        // may be NULL when there is no element
+  void *data; // may be NULL when there is no element
   DLDevice device;
   int32_t ndim;
   DLDataType dtype;
-  int64_t *shape;    // [ndim]
-  int64_t *strides;  // [ndim] in elements; NULL: row-major
+  int64_t *shape;   // [ndim]
+  int64_t *strides; // [ndim] in elements; NULL: row-major
   uint64_t byte_offset;
 } DLTensor;
 

@@ -31,7 +31,8 @@ static const error_class classes[] = {
     {MS_ETIMEOUT, MS_ECOMM, NULL, "moeshard.CommTimeout",
      "Another rank did not arrive in time. The group cannot be used again."},
     {MS_EMISMATCH, MS_ECOMM, NULL, "moeshard.RankMismatch",
-     "Ranks disagree about a call: the same message on all of them. They stand before the next call."},
+     "Ranks disagree about a call: the same message on all of them. They stand before the next "
+     "call."},
     {MS_EPEER, MS_ECOMM, NULL, "moeshard.PeerError",
      "Another rank failed in this call and says why. All ranks stand before the next call."},
 };

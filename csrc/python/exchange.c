@@ -37,7 +37,8 @@ static int poll_signals(void *unused) {
 // ---- the calls ----------------------------------------------------------------------------------
 
 // Take a batch that is routed, and this exchange. False with an exception set and nothing taken.
-static bool enter_both(core_state *state, exchange_object *self, PyObject *batch, const char *step) {
+static bool enter_both(core_state *state, exchange_object *self, PyObject *batch,
+                       const char *step) {
   if (!Py_IS_TYPE(batch, state->batch_type)) {
     PyErr_Format(PyExc_TypeError, "batch: expected moeshard._core.Batch, got %R", Py_TYPE(batch));
     return false;
@@ -57,18 +58,21 @@ static void leave_both(exchange_object *self, batch_object *batch) {
   core_batch_leave(batch);
 }
 
-PyDoc_STRVAR(gather_doc,
-             "gather($self, batch, /)\n--\n\n"
-             "Step 2: every rank's tokens and choices. Collective; opens a call, which combine (or refuse) closes.\n\n"
-             "Args:\n"
-             "    batch: a Batch that was routed; ranks may hold different numbers of tokens, also none.\n\n"
-             "Raises:\n"
-             "    RankMismatch: ranks disagree about layer, dtype, D, K or E; the same message on all of them.\n"
-             "    PeerError: another rank refused, and says why.\n"
-             "    RankLost, CommTimeout: another rank died, or did not arrive in time.\n"
-             "    ArgumentError: nothing routed; the last call is still open; in use by another thread.\n"
-             "    MemoryError: no room, for example in /dev/shm.\n"
-             "    CommError: closed or broken.\n");
+PyDoc_STRVAR(
+    gather_doc,
+    "gather($self, batch, /)\n--\n\n"
+    "Step 2: every rank's tokens and choices. Collective; opens a call, which combine (or refuse) "
+    "closes.\n\n"
+    "Args:\n"
+    "    batch: a Batch that was routed; ranks may hold different numbers of tokens, also none.\n\n"
+    "Raises:\n"
+    "    RankMismatch: ranks disagree about layer, dtype, D, K or E; the same message on all of "
+    "them.\n"
+    "    PeerError: another rank refused, and says why.\n"
+    "    RankLost, CommTimeout: another rank died, or did not arrive in time.\n"
+    "    ArgumentError: nothing routed; the last call is still open; in use by another thread.\n"
+    "    MemoryError: no room, for example in /dev/shm.\n"
+    "    CommError: closed or broken.\n");
 
 static PyObject *exchange_gather(PyObject *object, PyObject *batch) {
   exchange_object *self = as_exchange(object);
@@ -80,10 +84,8 @@ static PyObject *exchange_gather(PyObject *object, PyObject *batch) {
   b->grouped = false;
   ms_error err;
   ms_status status;
-  Py_BEGIN_ALLOW_THREADS
-  status = ms_gather(b->batch, self->exchange, &err);
-  Py_END_ALLOW_THREADS
-  self->turn++;
+  Py_BEGIN_ALLOW_THREADS status = ms_gather(b->batch, self->exchange, &err);
+  Py_END_ALLOW_THREADS self->turn++;
   if (status == MS_OK) {
     b->gathered = true;
     b->exchange = (exchange_object *)Py_NewRef(object);
@@ -94,17 +96,19 @@ static PyObject *exchange_gather(PyObject *object, PyObject *batch) {
   return core_none(state, status, &err);
 }
 
-PyDoc_STRVAR(combine_doc,
-             "combine($self, batch, /)\n--\n\n"
-             "Step 5: out = the sum of the choices, then of the ranks, always in the same order. Collective.\n\n"
-             "Closes the call: the batch lets go of hidden_states and out, also when it fails. Without an out nothing is\n"
-             "summed.\n\n"
-             "Args:\n"
-             "    batch: the Batch that this exchange gathered last, after ffn.\n\n"
-             "Raises:\n"
-             "    RankMismatch: out was given on some ranks only.\n"
-             "    PeerError, RankLost, CommTimeout, CommError: as gather.\n"
-             "    ArgumentError: another batch than the gathered one, or ffn has not run; in use by another thread.\n");
+PyDoc_STRVAR(combine_doc, "combine($self, batch, /)\n--\n\n"
+                          "Step 5: out = the sum of the choices, then of the ranks, always in the "
+                          "same order. Collective.\n\n"
+                          "Closes the call: the batch lets go of hidden_states and out, also when "
+                          "it fails. Without an out nothing is\n"
+                          "summed.\n\n"
+                          "Args:\n"
+                          "    batch: the Batch that this exchange gathered last, after ffn.\n\n"
+                          "Raises:\n"
+                          "    RankMismatch: out was given on some ranks only.\n"
+                          "    PeerError, RankLost, CommTimeout, CommError: as gather.\n"
+                          "    ArgumentError: another batch than the gathered one, or ffn has not "
+                          "run; in use by another thread.\n");
 
 static PyObject *exchange_combine(PyObject *object, PyObject *batch) {
   exchange_object *self = as_exchange(object);
@@ -118,10 +122,8 @@ static PyObject *exchange_combine(PyObject *object, PyObject *batch) {
   if (b->gathered && b->exchange == self && b->turn == self->turn) {
     ms_error err;
     ms_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = ms_combine(b->batch, self->exchange, pool->threads, &err);
-    Py_END_ALLOW_THREADS
-    self->turn++;
+    Py_BEGIN_ALLOW_THREADS status = ms_combine(b->batch, self->exchange, pool->threads, &err);
+    Py_END_ALLOW_THREADS self->turn++;
     core_batch_forget_route(b, &debts);
     result = core_none(state, status, &err);
   } else {
@@ -134,19 +136,22 @@ done:
   return result;
 }
 
-PyDoc_STRVAR(refuse_doc,
-             "refuse($self, message, /)\n--\n\n"
-             "In place of the gather (or combine) that the other ranks are in: tell them that this rank cannot take part.\n\n"
-             "They raise PeerError with 'rank r: message'; afterwards all stand before the next call.\n\n"
-             "Args:\n"
-             "    message: why; cut after about 500 bytes.\n\n"
-             "Raises:\n"
-             "    RankLost, CommTimeout, CommError: as gather.\n");
+PyDoc_STRVAR(
+    refuse_doc,
+    "refuse($self, message, /)\n--\n\n"
+    "In place of the gather (or combine) that the other ranks are in: tell them that this rank "
+    "cannot take part.\n\n"
+    "They raise PeerError with 'rank r: message'; afterwards all stand before the next call.\n\n"
+    "Args:\n"
+    "    message: why; cut after about 500 bytes.\n\n"
+    "Raises:\n"
+    "    RankLost, CommTimeout, CommError: as gather.\n");
 
 static PyObject *exchange_refuse(PyObject *object, PyObject *message) {
   exchange_object *self = as_exchange(object);
   core_state *state = core_state_of(object);
-  if (!PyUnicode_Check(message)) return PyErr_Format(PyExc_TypeError, "message: expected str, got %R", Py_TYPE(message));
+  if (!PyUnicode_Check(message))
+    return PyErr_Format(PyExc_TypeError, "message: expected str, got %R", Py_TYPE(message));
   // Peers are waiting: text that UTF-8 cannot carry must not keep the refusal from them.
   PyObject *bytes = PyUnicode_AsEncodedString(message, "utf-8", "replace");
   if (!bytes) return NULL;
@@ -155,10 +160,8 @@ static PyObject *exchange_refuse(PyObject *object, PyObject *message) {
     const char *text = PyBytes_AsString(bytes);
     ms_error err;
     ms_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = ms_exchange_refuse(self->exchange, text, &err);
-    Py_END_ALLOW_THREADS
-    self->turn++;
+    Py_BEGIN_ALLOW_THREADS status = ms_exchange_refuse(self->exchange, text, &err);
+    Py_END_ALLOW_THREADS self->turn++;
     core_exchange_leave(self);
     result = core_none(state, status, &err);
   }
@@ -166,10 +169,11 @@ static PyObject *exchange_refuse(PyObject *object, PyObject *message) {
   return result;
 }
 
-PyDoc_STRVAR(close_doc, "close($self, /)\n--\n\n"
-                        "Leave the other ranks: in their next call they raise RankLost. Legal twice.\n\n"
-                        "Raises:\n"
-                        "    ArgumentError: in use by another thread.\n");
+PyDoc_STRVAR(close_doc,
+             "close($self, /)\n--\n\n"
+             "Leave the other ranks: in their next call they raise RankLost. Legal twice.\n\n"
+             "Raises:\n"
+             "    ArgumentError: in use by another thread.\n");
 
 static PyObject *exchange_close(PyObject *object, PyObject *unused) {
   (void)unused;
@@ -178,10 +182,8 @@ static PyObject *exchange_close(PyObject *object, PyObject *unused) {
   ms_exchange *exchange = self->exchange;
   self->exchange = NULL;
   self->turn++;
-  Py_BEGIN_ALLOW_THREADS
-  ms_exchange_free(exchange);
-  Py_END_ALLOW_THREADS
-  core_exchange_leave(self);
+  Py_BEGIN_ALLOW_THREADS ms_exchange_free(exchange);
+  Py_END_ALLOW_THREADS core_exchange_leave(self);
   Py_RETURN_NONE;
 }
 
@@ -215,13 +217,16 @@ static PyMethodDef methods[] = {{"gather", exchange_gather, METH_O, gather_doc},
                                 {"close", exchange_close, METH_NOARGS, close_doc},
                                 {0}};
 
-static PyGetSetDef getset[] = {{"rank", get_rank, NULL, "This rank, 0 to R-1.", NULL},
-                               {"ranks", get_ranks, NULL, "Number of ranks R.", NULL},
-                               {"name", get_name, NULL, "What carries the rows: 'one' or 'shm'.", NULL},
-                               {0}};
+static PyGetSetDef getset[] = {
+    {"rank", get_rank, NULL, "This rank, 0 to R-1.", NULL},
+    {"ranks", get_ranks, NULL, "Number of ranks R.", NULL},
+    {"name", get_name, NULL, "What carries the rows: 'one' or 'shm'.", NULL},
+    {0}};
 
-PyDoc_STRVAR(type_doc, "How ranks reach each other. Made by exchange_one and exchange_shm.\n\n"
-                       "For one thread at a time: a call that finds it in use by another raises ArgumentError.\n");
+PyDoc_STRVAR(
+    type_doc,
+    "How ranks reach each other. Made by exchange_one and exchange_shm.\n\n"
+    "For one thread at a time: a call that finds it in use by another raises ArgumentError.\n");
 
 static PyType_Slot slots[] = {{Py_tp_doc, (void *)type_doc},
                               {Py_tp_dealloc, exchange_dealloc},
@@ -231,16 +236,18 @@ static PyType_Slot slots[] = {{Py_tp_doc, (void *)type_doc},
 
 static PyType_Spec spec = {.name = "moeshard._core.Exchange",
                            .basicsize = sizeof(exchange_object),
-                           .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                           .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE |
+                                    Py_TPFLAGS_DISALLOW_INSTANTIATION,
                            .slots = slots};
 
 // ---- making one ---------------------------------------------------------------------------------
 
 // The exchange as an object, which owns it; freed if there is none. `status` and `err` are of its creation.
-static PyObject *finish(core_state *state, ms_status status, const ms_error *err, ms_exchange *exchange,
-                        const char *name) {
+static PyObject *finish(core_state *state, ms_status status, const ms_error *err,
+                        ms_exchange *exchange, const char *name) {
   if (status != MS_OK) return core_raise(state, err);
-  exchange_object *self = PyErr_Occurred() ? NULL : (exchange_object *)PyType_GenericAlloc(state->exchange_type, 0);
+  exchange_object *self =
+      PyErr_Occurred() ? NULL : (exchange_object *)PyType_GenericAlloc(state->exchange_type, 0);
   if (!self) {
     ms_exchange_free(exchange);
     return NULL;
@@ -267,9 +274,11 @@ PyDoc_STRVAR(
     shm_doc,
     "exchange_shm($module, /, name, rank, ranks, timeout)\n--\n\n"
     "Ranks of one host, through shared memory. Collective: returns when all ranks are there.\n\n"
-    "The files /dev/shm/moeshard-<name>-<rank> (mode 0600) are gone again when it returns, also when it fails.\n\n"
+    "The files /dev/shm/moeshard-<name>-<rank> (mode 0600) are gone again when it returns, also "
+    "when it fails.\n\n"
     "Args:\n"
-    "    name: the group's random name, letters, digits and '-', the same on all ranks, used once.\n"
+    "    name: the group's random name, letters, digits and '-', the same on all ranks, used "
+    "once.\n"
     "    rank: this rank, 0 to ranks-1.\n"
     "    ranks: number of ranks R, 1 to 1024.\n"
     "    timeout: seconds that a wait for another rank may take, here and in every later call.\n\n"
@@ -286,21 +295,22 @@ static PyObject *exchange_shm(PyObject *module, PyObject *args, PyObject *kwargs
   long long rank, ranks;
   double timeout;
   int32_t me, R;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sLLd:exchange_shm", names, &name, &rank, &ranks, &timeout)) return NULL;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sLLd:exchange_shm", names, &name, &rank, &ranks,
+                                   &timeout))
+    return NULL;
   if (!core_int32(state, "rank", rank, &me) || !core_int32(state, "ranks", ranks, &R)) return NULL;
   ms_exchange *exchange = NULL;
   ms_error err;
   ms_status status;
-  Py_BEGIN_ALLOW_THREADS
-  status = ms_exchange_shm(name, me, R, timeout, poll_signals, NULL, &exchange, &err);
-  Py_END_ALLOW_THREADS
-  return finish(state, status, &err, exchange, "shm");
+  Py_BEGIN_ALLOW_THREADS status =
+      ms_exchange_shm(name, me, R, timeout, poll_signals, NULL, &exchange, &err);
+  Py_END_ALLOW_THREADS return finish(state, status, &err, exchange, "shm");
 }
 
-static PyMethodDef functions[] = {
-    {"exchange_one", exchange_one, METH_NOARGS, one_doc},
-    {"exchange_shm", (PyCFunction)(void (*)(void))exchange_shm, METH_VARARGS | METH_KEYWORDS, shm_doc},
-    {0}};
+static PyMethodDef functions[] = {{"exchange_one", exchange_one, METH_NOARGS, one_doc},
+                                  {"exchange_shm", (PyCFunction)(void (*)(void))exchange_shm,
+                                   METH_VARARGS | METH_KEYWORDS, shm_doc},
+                                  {0}};
 
 int core_add_exchange(PyObject *module, core_state *state) {
   state->exchange_type = core_add_type(module, &spec);

@@ -83,8 +83,10 @@ PyDoc_STRVAR(module_doc,
              "    batch.group()\n"
              "    batch.ffn(experts)\n"
              "    exchange.combine(batch)\n\n"
-             "Tensors are any CPU tensors with DLPack (torch, NumPy ...) and are not copied. Dims: T tokens of this\n"
-             "rank, N of all ranks, D model width, F hidden width of an expert, E experts, K choices a token, R ranks.\n");
+             "Tensors are any CPU tensors with DLPack (torch, NumPy ...) and are not copied. Dims: "
+             "T tokens of this\n"
+             "rank, N of all ranks, D model width, F hidden width of an expert, E experts, K "
+             "choices a token, R ranks.\n");
 
 static PyModuleDef module_def = {.m_base = PyModuleDef_HEAD_INIT,
                                  .m_name = "moeshard._core",

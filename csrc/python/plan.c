@@ -13,7 +13,8 @@ typedef struct sizes {
 } sizes;
 
 static bool take_sizes(core_state *state, long long ranks, long long experts, sizes *out) {
-  return core_int32(state, "ranks", ranks, &out->R) && core_int32(state, "num_experts", experts, &out->E);
+  return core_int32(state, "ranks", ranks, &out->R) &&
+         core_int32(state, "num_experts", experts, &out->E);
 }
 
 // The table as an array; the plan is freed.
@@ -22,7 +23,8 @@ static PyObject *finish(core_state *state, ms_status status, ms_plan *plan, cons
   if (status == MS_OK) {
     npy_intp shape[3] = {plan->R, plan->E, 2};
     array = PyArray_SimpleNew(3, shape, NPY_INT64);
-    if (array) memcpy(array_data(array), plan->columns, (size_t)PyArray_NBYTES((PyArrayObject *)array));
+    if (array)
+      memcpy(array_data(array), plan->columns, (size_t)PyArray_NBYTES((PyArrayObject *)array));
     ms_plan_free(plan);
   } else {
     core_raise(state, err);
@@ -30,25 +32,25 @@ static PyObject *finish(core_state *state, ms_status status, ms_plan *plan, cons
   return array;
 }
 
-PyDoc_STRVAR(
-    shard_doc,
-    "plan_shard($module, /, ranks, num_experts, d_ff, speed=None)\n--\n\n"
-    "Cut every expert over every rank.\n\n"
-    "Args:\n"
-    "    ranks: number of ranks R, 1 to 1024.\n"
-    "    num_experts: number of experts E, 1 to 65536.\n"
-    "    d_ff: hidden width F of each expert.\n"
-    "    speed: [R] positive numbers, widths in proportion to them. None: all alike.\n\n"
-    "Returns:\n"
-    "    [R, E, 2] int64: rank r holds columns [start, stop) of expert e. Widths differ from the exact share by\n"
-    "    less than one column; odd columns rotate over the ranks with the expert.\n\n"
-    "Raises:\n"
-    "    ArgumentError: a size out of range, or a speed that is not positive and finite.\n"
-    "    ShapeError: not R speeds.\n\n"
-    "Example:\n"
-    "    >>> plan_shard(2, 1, 37).tolist()\n"
-    "    [[[0, 19]], [[19, 37]]]\n\n"
-    "Source: arXiv 2503.08467 section 3; deviation: ragged and weighted widths.\n");
+PyDoc_STRVAR(shard_doc,
+             "plan_shard($module, /, ranks, num_experts, d_ff, speed=None)\n--\n\n"
+             "Cut every expert over every rank.\n\n"
+             "Args:\n"
+             "    ranks: number of ranks R, 1 to 1024.\n"
+             "    num_experts: number of experts E, 1 to 65536.\n"
+             "    d_ff: hidden width F of each expert.\n"
+             "    speed: [R] positive numbers, widths in proportion to them. None: all alike.\n\n"
+             "Returns:\n"
+             "    [R, E, 2] int64: rank r holds columns [start, stop) of expert e. Widths differ "
+             "from the exact share by\n"
+             "    less than one column; odd columns rotate over the ranks with the expert.\n\n"
+             "Raises:\n"
+             "    ArgumentError: a size out of range, or a speed that is not positive and finite.\n"
+             "    ShapeError: not R speeds.\n\n"
+             "Example:\n"
+             "    >>> plan_shard(2, 1, 37).tolist()\n"
+             "    [[[0, 19]], [[19, 37]]]\n\n"
+             "Source: arXiv 2503.08467 section 3; deviation: ragged and weighted widths.\n");
 
 static PyObject *plan_shard(PyObject *module, PyObject *args, PyObject *kwargs) {
   static char *names[] = {"ranks", "num_experts", "d_ff", "speed", NULL};
@@ -56,22 +58,24 @@ static PyObject *plan_shard(PyObject *module, PyObject *args, PyObject *kwargs) 
   long long ranks, experts;
   sizes s;
   PyObject *speed = Py_None;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "LLL|O:plan_shard", names, &ranks, &experts, &s.F, &speed)) return NULL;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "LLL|O:plan_shard", names, &ranks, &experts, &s.F,
+                                   &speed))
+    return NULL;
   if (!take_sizes(state, ranks, experts, &s)) return NULL;
   PyArrayObject *array = NULL;
   if (speed != Py_None) {
     char dims[32];
     snprintf(dims, sizeof dims, "R=%d", s.R);
-    array_need need = {.name = "speed", .type = NPY_DOUBLE, .ndim = 1, .shape = {s.R}, .dims = dims};
+    array_need need = {
+        .name = "speed", .type = NPY_DOUBLE, .ndim = 1, .shape = {s.R}, .dims = dims};
     if (!(array = array_take(state, speed, &need))) return NULL;
   }
   ms_plan plan;
   ms_error err;
   ms_status status;
-  Py_BEGIN_ALLOW_THREADS
-  status = ms_plan_shard(s.R, s.E, s.F, array ? PyArray_DATA(array) : NULL, &plan, &err);
-  Py_END_ALLOW_THREADS
-  Py_XDECREF((PyObject *)array);
+  Py_BEGIN_ALLOW_THREADS status =
+      ms_plan_shard(s.R, s.E, s.F, array ? PyArray_DATA(array) : NULL, &plan, &err);
+  Py_END_ALLOW_THREADS Py_XDECREF((PyObject *)array);
   return finish(state, status, &plan, &err);
 }
 
@@ -99,7 +103,8 @@ static PyObject *plan_expert_parallel(PyObject *module, PyObject *args, PyObject
   long long ranks, experts;
   sizes s;
   PyObject *owner = Py_None;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "LLL|O:plan_expert_parallel", names, &ranks, &experts, &s.F, &owner))
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "LLL|O:plan_expert_parallel", names, &ranks,
+                                   &experts, &s.F, &owner))
     return NULL;
   if (!take_sizes(state, ranks, experts, &s)) return NULL;
   int32_t *owners = NULL;
@@ -107,17 +112,16 @@ static PyObject *plan_expert_parallel(PyObject *module, PyObject *args, PyObject
   ms_plan plan;
   ms_error err;
   ms_status status;
-  Py_BEGIN_ALLOW_THREADS
-  status = ms_plan_expert_parallel(s.R, s.E, s.F, owners, &plan, &err);
-  Py_END_ALLOW_THREADS
-  free(owners);
+  Py_BEGIN_ALLOW_THREADS status = ms_plan_expert_parallel(s.R, s.E, s.F, owners, &plan, &err);
+  Py_END_ALLOW_THREADS free(owners);
   return finish(state, status, &plan, &err);
 }
 
 PyDoc_STRVAR(
     hybrid_doc,
     "plan_hybrid($module, /, ranks, num_experts, d_ff, group)\n--\n\n"
-    "Give contiguous blocks of experts to groups of consecutive ranks, and cut them evenly inside the group.\n\n"
+    "Give contiguous blocks of experts to groups of consecutive ranks, and cut them evenly inside "
+    "the group.\n\n"
     "Args:\n"
     "    ranks: number of ranks R, 1 to 1024.\n"
     "    num_experts: number of experts E, 1 to 65536.\n"
@@ -137,26 +141,29 @@ static PyObject *plan_hybrid(PyObject *module, PyObject *args, PyObject *kwargs)
   long long ranks, experts, group;
   sizes s;
   int32_t members;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "LLLL:plan_hybrid", names, &ranks, &experts, &s.F, &group)) return NULL;
-  if (!take_sizes(state, ranks, experts, &s) || !core_int32(state, "group", group, &members)) return NULL;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "LLLL:plan_hybrid", names, &ranks, &experts, &s.F,
+                                   &group))
+    return NULL;
+  if (!take_sizes(state, ranks, experts, &s) || !core_int32(state, "group", group, &members))
+    return NULL;
   ms_plan plan;
   ms_error err;
   ms_status status;
-  Py_BEGIN_ALLOW_THREADS
-  status = ms_plan_hybrid(s.R, s.E, s.F, members, &plan, &err);
-  Py_END_ALLOW_THREADS
-  return finish(state, status, &plan, &err);
+  Py_BEGIN_ALLOW_THREADS status = ms_plan_hybrid(s.R, s.E, s.F, members, &plan, &err);
+  Py_END_ALLOW_THREADS return finish(state, status, &plan, &err);
 }
 
 // A table from Python, borrowed from `columns`; copies are freed with free. -1 with an exception set.
-static int take_plan(core_state *state, PyObject *table, PyObject *copies, PyArrayObject **columns, ms_plan *out) {
-  array_need need = {.name = "columns", .type = NPY_INT64, .ndim = 3, .shape = {-1, -1, 2}, .dims = "R, E, 2"};
+static int take_plan(core_state *state, PyObject *table, PyObject *copies, PyArrayObject **columns,
+                     ms_plan *out) {
+  array_need need = {
+      .name = "columns", .type = NPY_INT64, .ndim = 3, .shape = {-1, -1, 2}, .dims = "R, E, 2"};
   *out = (ms_plan){0};
   if (!(*columns = array_take(state, table, &need))) return -1;
   npy_intp R = PyArray_DIM(*columns, 0), E = PyArray_DIM(*columns, 1);
   if (R > MS_MAX_RANKS || E > MS_MAX_EXPERTS) {
-    core_fail(state, MS_ESHAPE, "columns: got [%zd, %zd, 2], expected at most [%d, %d, 2]", R, E, MS_MAX_RANKS,
-              MS_MAX_EXPERTS);
+    core_fail(state, MS_ESHAPE, "columns: got [%zd, %zd, 2], expected at most [%d, %d, 2]", R, E,
+              MS_MAX_RANKS, MS_MAX_EXPERTS);
     goto failed;
   }
   *out = (ms_plan){.R = (int32_t)R, .E = (int32_t)E, .columns = PyArray_DATA(*columns)};
@@ -180,7 +187,8 @@ PyDoc_STRVAR(
     "Args:\n"
     "    columns: [R, E, 2] integers: rank r holds columns [start, stop) of expert e.\n"
     "    d_ff: hidden width F of each expert.\n"
-    "    copies: [E] integers, how many ranks hold each column of an expert (0: pruned). None: one.\n\n"
+    "    copies: [E] integers, how many ranks hold each column of an expert (0: pruned). None: "
+    "one.\n\n"
     "Raises:\n"
     "    ArgumentError: names the expert, the columns, and by how many ranks they are held.\n"
     "    ShapeError: columns is not [R, E, 2], or copies not [E].\n"
@@ -195,34 +203,32 @@ static PyObject *plan_check(PyObject *module, PyObject *args, PyObject *kwargs) 
   ms_plan plan;
   ms_error err;
   ms_status status;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OL|O:plan_check", names, &table, &F, &copies)) return NULL;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OL|O:plan_check", names, &table, &F, &copies))
+    return NULL;
   if (F < 1) return core_fail(state, MS_EINVAL, "d_ff: got %lld, expected at least 1", F);
   if (take_plan(state, table, copies, &columns, &plan)) return NULL;
   plan.F = F;
-  Py_BEGIN_ALLOW_THREADS
-  status = ms_plan_check(&plan, &err);
-  Py_END_ALLOW_THREADS
-  free(plan.copies);
+  Py_BEGIN_ALLOW_THREADS status = ms_plan_check(&plan, &err);
+  Py_END_ALLOW_THREADS free(plan.copies);
   Py_DECREF(columns);
   return core_none(state, status, &err);
 }
 
-PyDoc_STRVAR(
-    work_doc,
-    "plan_work($module, /, columns, counts, copies=None)\n--\n\n"
-    "Work of each rank for a routing histogram.\n\n"
-    "Args:\n"
-    "    columns: [R, E, 2] integers, as plan_shard returns.\n"
-    "    counts: [E] integers, slots (token, choice) of each expert.\n"
-    "    copies: [E] integers, as in plan_check. None: one.\n\n"
-    "Returns:\n"
-    "    [R] float64, in token-columns: sum_e counts[e] * columns held / copies[e].\n\n"
-    "Raises:\n"
-    "    ShapeError: an argument of another shape.\n"
-    "    DTypeError: not integers.\n\n"
-    "Example:\n"
-    "    >>> plan_work(plan_expert_parallel(2, 2, 8), [3, 1]).tolist()\n"
-    "    [24.0, 8.0]\n");
+PyDoc_STRVAR(work_doc,
+             "plan_work($module, /, columns, counts, copies=None)\n--\n\n"
+             "Work of each rank for a routing histogram.\n\n"
+             "Args:\n"
+             "    columns: [R, E, 2] integers, as plan_shard returns.\n"
+             "    counts: [E] integers, slots (token, choice) of each expert.\n"
+             "    copies: [E] integers, as in plan_check. None: one.\n\n"
+             "Returns:\n"
+             "    [R] float64, in token-columns: sum_e counts[e] * columns held / copies[e].\n\n"
+             "Raises:\n"
+             "    ShapeError: an argument of another shape.\n"
+             "    DTypeError: not integers.\n\n"
+             "Example:\n"
+             "    >>> plan_work(plan_expert_parallel(2, 2, 8), [3, 1]).tolist()\n"
+             "    [24.0, 8.0]\n");
 
 static PyObject *plan_work(PyObject *module, PyObject *args, PyObject *kwargs) {
   static char *names[] = {"columns", "counts", "copies", NULL};
@@ -230,11 +236,14 @@ static PyObject *plan_work(PyObject *module, PyObject *args, PyObject *kwargs) {
   PyObject *table = NULL, *histogram = NULL, *copies = Py_None, *work = NULL;
   PyArrayObject *columns = NULL, *counts = NULL;
   ms_plan plan;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|O:plan_work", names, &table, &histogram, &copies)) return NULL;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|O:plan_work", names, &table, &histogram,
+                                   &copies))
+    return NULL;
   if (take_plan(state, table, copies, &columns, &plan)) return NULL;
   char dims[32];
   snprintf(dims, sizeof dims, "E=%d", plan.E);
-  array_need need = {.name = "counts", .type = NPY_INT64, .ndim = 1, .shape = {plan.E}, .dims = dims};
+  array_need need = {
+      .name = "counts", .type = NPY_INT64, .ndim = 1, .shape = {plan.E}, .dims = dims};
   if (!(counts = array_take(state, histogram, &need))) goto done;
   if (!(work = array_new(NPY_DOUBLE, 1, plan.R, 0))) goto done;
   ms_plan_work(&plan, PyArray_DATA(counts), array_data(work));
@@ -246,11 +255,14 @@ done:
 }
 
 static PyMethodDef functions[] = {
-    {"plan_shard", (PyCFunction)(void (*)(void))plan_shard, METH_VARARGS | METH_KEYWORDS, shard_doc},
-    {"plan_expert_parallel", (PyCFunction)(void (*)(void))plan_expert_parallel, METH_VARARGS | METH_KEYWORDS,
-     expert_parallel_doc},
-    {"plan_hybrid", (PyCFunction)(void (*)(void))plan_hybrid, METH_VARARGS | METH_KEYWORDS, hybrid_doc},
-    {"plan_check", (PyCFunction)(void (*)(void))plan_check, METH_VARARGS | METH_KEYWORDS, check_doc},
+    {"plan_shard", (PyCFunction)(void (*)(void))plan_shard, METH_VARARGS | METH_KEYWORDS,
+     shard_doc},
+    {"plan_expert_parallel", (PyCFunction)(void (*)(void))plan_expert_parallel,
+     METH_VARARGS | METH_KEYWORDS, expert_parallel_doc},
+    {"plan_hybrid", (PyCFunction)(void (*)(void))plan_hybrid, METH_VARARGS | METH_KEYWORDS,
+     hybrid_doc},
+    {"plan_check", (PyCFunction)(void (*)(void))plan_check, METH_VARARGS | METH_KEYWORDS,
+     check_doc},
     {"plan_work", (PyCFunction)(void (*)(void))plan_work, METH_VARARGS | METH_KEYWORDS, work_doc},
     {0}};
 

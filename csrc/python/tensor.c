@@ -25,8 +25,7 @@ typedef struct block {
 _Static_assert(sizeof(Py_ssize_t) == sizeof(int64_t), "one shape serves both protocols");
 
 typedef struct tensor_object {
-  PyObject_HEAD
-  block *block;
+  PyObject_HEAD block *block;
 } tensor_object;
 
 // ---- the block ----------------------------------------------------------------------------------
@@ -62,7 +61,8 @@ failed:
 }
 
 static DLDataType dlpack_dtype(ms_dtype type) {
-  return (DLDataType){type == MS_BF16 ? DL_BFLOAT : DL_FLOAT, (uint8_t)(8 * ms_dtype_size(type)), 1};
+  return (DLDataType){type == MS_BF16 ? DL_BFLOAT : DL_FLOAT, (uint8_t)(8 * ms_dtype_size(type)),
+                      1};
 }
 
 static DLTensor dlpack_fields(block *b) {
@@ -130,7 +130,8 @@ static PyObject *legacy_capsule(block *b) {
     block_drop(b);
     return PyErr_NoMemory();
   }
-  *managed = (DLManagedTensor){.dl_tensor = dlpack_fields(b), .manager_ctx = b, .deleter = legacy_delete};
+  *managed =
+      (DLManagedTensor){.dl_tensor = dlpack_fields(b), .manager_ctx = b, .deleter = legacy_delete};
   PyObject *capsule = PyCapsule_New(managed, "dltensor", capsule_delete);
   if (!capsule) legacy_delete(managed);
   return capsule;
@@ -151,11 +152,13 @@ PyDoc_STRVAR(
     "Export the memory as a DLPack capsule, without a copy. For from_dlpack of any library.\n\n"
     "Args:\n"
     "    stream: None, there are no streams in CPU memory.\n"
-    "    max_version: the newest DLPack the consumer knows, (major, minor). None: an unversioned capsule.\n"
+    "    max_version: the newest DLPack the consumer knows, (major, minor). None: an unversioned "
+    "capsule.\n"
     "    dl_device: None or (1, 0), the CPU.\n"
     "    copy: True: a copy of the memory. None or False: the memory itself.\n\n"
     "Returns:\n"
-    "    A capsule named 'dltensor_versioned' (DLPack 1.3), or 'dltensor' for consumers older than DLPack 1.0.\n\n"
+    "    A capsule named 'dltensor_versioned' (DLPack 1.3), or 'dltensor' for consumers older than "
+    "DLPack 1.0.\n\n"
     "Raises:\n"
     "    BufferError: a stream, or a device other than the CPU.\n");
 
@@ -163,10 +166,14 @@ static PyObject *tensor_dlpack(PyObject *self, PyObject *args, PyObject *kwargs)
   static char *names[] = {"stream", "max_version", "dl_device", "copy", NULL};
   PyObject *stream = Py_None, *version = Py_None, *device = Py_None, *copy = Py_None;
   int major = 0, minor = 0, type = DL_CPU, id = 0;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|$OOOO:__dlpack__", names, &stream, &version, &device, &copy))
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|$OOOO:__dlpack__", names, &stream, &version,
+                                   &device, &copy))
     return NULL;
-  if (version != Py_None && !PyArg_Parse(version, "(ii);max_version: expected (major, minor)", &major, &minor)) return NULL;
-  if (device != Py_None && !PyArg_Parse(device, "(ii);dl_device: expected (type, id)", &type, &id)) return NULL;
+  if (version != Py_None &&
+      !PyArg_Parse(version, "(ii);max_version: expected (major, minor)", &major, &minor))
+    return NULL;
+  if (device != Py_None && !PyArg_Parse(device, "(ii);dl_device: expected (type, id)", &type, &id))
+    return NULL;
   if (stream != Py_None) {
     PyErr_SetString(PyExc_BufferError, "stream: expected None, the tensor is in CPU memory");
     return NULL;
@@ -183,7 +190,8 @@ static PyObject *tensor_dlpack(PyObject *self, PyObject *args, PyObject *kwargs)
   else
     atomic_fetch_add(&b->users, 1);
   if (!b) return NULL;
-  return major >= DLPACK_MAJOR ? versioned_capsule(b, copied ? DL_IS_COPIED : 0) : legacy_capsule(b);
+  return major >= DLPACK_MAJOR ? versioned_capsule(b, copied ? DL_IS_COPIED : 0)
+                               : legacy_capsule(b);
 }
 
 PyDoc_STRVAR(dlpack_device_doc, "__dlpack_device__($self, /)\n--\n\n"
@@ -198,7 +206,8 @@ static int tensor_getbuffer(PyObject *self, Py_buffer *view, int flags) {
   block *b = ((tensor_object *)self)->block;
   view->obj = NULL;
   if (b->type == MS_BF16) {
-    PyErr_SetString(PyExc_BufferError, "bfloat16 has no buffer format: use DLPack, for example torch.from_dlpack");
+    PyErr_SetString(PyExc_BufferError,
+                    "bfloat16 has no buffer format: use DLPack, for example torch.from_dlpack");
     return -1;
   }
   *view = (Py_buffer){
@@ -219,14 +228,16 @@ static int tensor_getbuffer(PyObject *self, Py_buffer *view, int flags) {
 static int take_shape(core_state *state, PyObject *tuple, int64_t shape[TENSOR_MAX_DIMS]) {
   Py_ssize_t ndim = PyTuple_Size(tuple);
   if (ndim > TENSOR_MAX_DIMS) {
-    core_fail(state, MS_ESHAPE, "shape: got %zd dimensions, expected at most %d", ndim, TENSOR_MAX_DIMS);
+    core_fail(state, MS_ESHAPE, "shape: got %zd dimensions, expected at most %d", ndim,
+              TENSOR_MAX_DIMS);
     return -1;
   }
   for (Py_ssize_t i = 0; i < ndim; i++) {
     shape[i] = PyNumber_AsSsize_t(PyTuple_GetItem(tuple, i), PyExc_OverflowError);
     if (shape[i] == -1 && PyErr_Occurred()) return -1;
     if (shape[i] < 0) {
-      core_fail(state, MS_ESHAPE, "shape[%zd]: got %lld, expected at least 0", i, (long long)shape[i]);
+      core_fail(state, MS_ESHAPE, "shape[%zd]: got %lld, expected at least 0", i,
+                (long long)shape[i]);
       return -1;
     }
   }
@@ -238,7 +249,9 @@ static PyObject *tensor_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
   core_state *state = PyType_GetModuleState(type);
   PyObject *tuple = NULL;
   const char *dtype = NULL;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!s:Tensor", names, &PyTuple_Type, &tuple, &dtype)) return NULL;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!s:Tensor", names, &PyTuple_Type, &tuple,
+                                   &dtype))
+    return NULL;
   int64_t shape[TENSOR_MAX_DIMS];
   ms_dtype element;
   if (!tensor_dtype_parse(state, dtype, &element)) return NULL;
@@ -280,18 +293,22 @@ static PyObject *tensor_dtype(PyObject *self, void *unused) {
 }
 
 static PyMethodDef tensor_methods[] = {
-    {"__dlpack__", (PyCFunction)(void (*)(void))tensor_dlpack, METH_VARARGS | METH_KEYWORDS, dlpack_doc},
+    {"__dlpack__", (PyCFunction)(void (*)(void))tensor_dlpack, METH_VARARGS | METH_KEYWORDS,
+     dlpack_doc},
     {"__dlpack_device__", tensor_dlpack_device, METH_NOARGS, dlpack_device_doc},
     {0}};
 
-static PyGetSetDef tensor_getset[] = {{"shape", tensor_shape, NULL, "Its sizes, a tuple of int.", NULL},
-                                      {"dtype", tensor_dtype, NULL, "'float32', 'bfloat16' or 'float16'.", NULL},
-                                      {0}};
+static PyGetSetDef tensor_getset[] = {
+    {"shape", tensor_shape, NULL, "Its sizes, a tuple of int.", NULL},
+    {"dtype", tensor_dtype, NULL, "'float32', 'bfloat16' or 'float16'.", NULL},
+    {0}};
 
 PyDoc_STRVAR(tensor_doc,
              "Tensor(shape, dtype)\n--\n\n"
-             "Memory of our own, 64-byte aligned, row-major, on the CPU; its contents are undefined at first.\n\n"
-             "Any library with from_dlpack takes it over without a copy; float32 and float16 also have the buffer\n"
+             "Memory of our own, 64-byte aligned, row-major, on the CPU; its contents are "
+             "undefined at first.\n\n"
+             "Any library with from_dlpack takes it over without a copy; float32 and float16 also "
+             "have the buffer\n"
              "protocol (numpy.asarray). The memory lives as long as the last of its users.\n\n"
              "Args:\n"
              "    shape: a tuple of sizes, at most 32, each at least 0.\n"
@@ -301,9 +318,12 @@ PyDoc_STRVAR(tensor_doc,
              "    DTypeError: another dtype.\n"
              "    MemoryError: more than this machine has.\n");
 
-static PyType_Slot tensor_slots[] = {{Py_tp_doc, (void *)tensor_doc}, {Py_tp_new, tensor_new},
-                                     {Py_tp_dealloc, tensor_dealloc}, {Py_tp_methods, tensor_methods},
-                                     {Py_tp_getset, tensor_getset},   {Py_bf_getbuffer, tensor_getbuffer},
+static PyType_Slot tensor_slots[] = {{Py_tp_doc, (void *)tensor_doc},
+                                     {Py_tp_new, tensor_new},
+                                     {Py_tp_dealloc, tensor_dealloc},
+                                     {Py_tp_methods, tensor_methods},
+                                     {Py_tp_getset, tensor_getset},
+                                     {Py_bf_getbuffer, tensor_getbuffer},
                                      {0, NULL}};
 
 static PyType_Spec tensor_spec = {.name = "moeshard._core.Tensor",
@@ -313,20 +333,23 @@ static PyType_Spec tensor_spec = {.name = "moeshard._core.Tensor",
 
 // ---- tensor_info --------------------------------------------------------------------------------
 
-PyDoc_STRVAR(info_doc,
-             "tensor_info($module, tensor, /)\n--\n\n"
-             "What a tensor of any DLPack library is. Its data is not touched and may be on any device.\n\n"
-             "Args:\n"
-             "    tensor: any tensor with __dlpack__ (torch, NumPy, JAX ...).\n\n"
-             "Returns:\n"
-             "    (shape, dtype name, (DLPack device type, device id), whether it is row-major without gaps).\n\n"
-             "Raises:\n"
-             "    DTypeError: not a tensor, or a NumPy dtype that DLPack does not know.\n"
-             "    ArgumentError: its library cannot share it (it requires grad, is sparse, has no memory ...).\n\n"
-             "Example:\n"
-             "    >>> import numpy\n"
-             "    >>> tensor_info(numpy.zeros((2, 3), numpy.float16))\n"
-             "    ((2, 3), 'float16', (1, 0), True)\n");
+PyDoc_STRVAR(
+    info_doc,
+    "tensor_info($module, tensor, /)\n--\n\n"
+    "What a tensor of any DLPack library is. Its data is not touched and may be on any device.\n\n"
+    "Args:\n"
+    "    tensor: any tensor with __dlpack__ (torch, NumPy, JAX ...).\n\n"
+    "Returns:\n"
+    "    (shape, dtype name, (DLPack device type, device id), whether it is row-major without "
+    "gaps).\n\n"
+    "Raises:\n"
+    "    DTypeError: not a tensor, or a NumPy dtype that DLPack does not know.\n"
+    "    ArgumentError: its library cannot share it (it requires grad, is sparse, has no memory "
+    "...).\n\n"
+    "Example:\n"
+    "    >>> import numpy\n"
+    "    >>> tensor_info(numpy.zeros((2, 3), numpy.float16))\n"
+    "    ((2, 3), 'float16', (1, 0), True)\n");
 
 static PyObject *tensor_info(PyObject *module, PyObject *tensor) {
   tensor_view view;
@@ -335,8 +358,8 @@ static PyObject *tensor_info(PyObject *module, PyObject *tensor) {
   tensor_dtype_name(view.dtype, dtype);
   PyObject *result = NULL, *shape = shape_tuple(view.shape, view.ndim);
   if (shape)
-    result = Py_BuildValue("(Ns(ii)O)", shape, dtype, view.device.device_type, view.device.device_id,
-                           view.contiguous ? Py_True : Py_False);
+    result = Py_BuildValue("(Ns(ii)O)", shape, dtype, view.device.device_type,
+                           view.device.device_id, view.contiguous ? Py_True : Py_False);
   tensor_view_close(&view);
   return result;
 }

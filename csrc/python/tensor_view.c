@@ -31,8 +31,9 @@ void tensor_view_close(tensor_view *view) { tensor_hold_release(&view->hold); }
 void tensor_dtype_name(DLDataType dtype, char text[TENSOR_DTYPE_TEXT]) {
   static const char *const sized[] = {"int", "uint", "float", "handle", "bfloat", "complex"};
   static const char *const named[] = {
-      "bool",       "float8_e3m4",     "float8_e4m3",    "float8_e4m3b11fnuz", "float8_e4m3fn", "float8_e4m3fnuz",
-      "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu", "float6_e2m3fn",      "float6_e3m2fn", "float4_e2m1fn"};
+      "bool",           "float8_e3m4",     "float8_e4m3",   "float8_e4m3b11fnuz",
+      "float8_e4m3fn",  "float8_e4m3fnuz", "float8_e5m2",   "float8_e5m2fnuz",
+      "float8_e8m0fnu", "float6_e2m3fn",   "float6_e3m2fn", "float4_e2m1fn"};
   enum { SIZED = sizeof sized / sizeof *sized, NAMED = sizeof named / sizeof *named };
   int code = dtype.code, used;
   if (code < SIZED)
@@ -41,7 +42,8 @@ void tensor_dtype_name(DLDataType dtype, char text[TENSOR_DTYPE_TEXT]) {
     used = snprintf(text, TENSOR_DTYPE_TEXT, "%s", named[code - SIZED]);
   else
     used = snprintf(text, TENSOR_DTYPE_TEXT, "DLPack dtype %d of %d bits", code, dtype.bits);
-  if (dtype.lanes != 1) snprintf(text + used, (size_t)(TENSOR_DTYPE_TEXT - used), "x%d", dtype.lanes);
+  if (dtype.lanes != 1)
+    snprintf(text + used, (size_t)(TENSOR_DTYPE_TEXT - used), "x%d", dtype.lanes);
 }
 
 enum { LIST_TEXT = 192 };
@@ -51,7 +53,8 @@ static void list(const int64_t *values, int32_t count, char text[LIST_TEXT]) {
   enum { ROOM = LIST_TEXT - 32 }; // for one more number and the end
   int used = snprintf(text, LIST_TEXT, "["), i = 0;
   for (; i < count && used < ROOM; i++)
-    used += snprintf(text + used, (size_t)(LIST_TEXT - used), "%s%lld", i ? ", " : "", (long long)values[i]);
+    used += snprintf(text + used, (size_t)(LIST_TEXT - used), "%s%lld", i ? ", " : "",
+                     (long long)values[i]);
   snprintf(text + used, (size_t)(LIST_TEXT - used), i < count ? ", ...]" : "]");
 }
 
@@ -73,14 +76,19 @@ static void list_dtypes(unsigned dtypes, char text[LIST_TEXT]) {
   for (ms_dtype d = MS_F32; d <= MS_I64; d++) {
     if (!(dtypes & 1u << d)) continue;
     bool first = !(dtypes & ((1u << d) - 1)), last = !(dtypes & ~0u << d << 1);
-    used += snprintf(text + used, (size_t)(LIST_TEXT - used), "%s%s", first ? "" : last ? " or " : ", ",
+    used += snprintf(text + used, (size_t)(LIST_TEXT - used), "%s%s",
+                     first  ? ""
+                     : last ? " or "
+                            : ", ",
                      ms_dtype_name(d));
   }
 }
 
 // ---- the ways in --------------------------------------------------------------------------------
 
-static int64_t element_bytes(DLDataType dtype) { return ((int64_t)dtype.bits * dtype.lanes + 7) / 8; }
+static int64_t element_bytes(DLDataType dtype) {
+  return ((int64_t)dtype.bits * dtype.lanes + 7) / 8;
+}
 
 static int64_t elements(const tensor_view *view) {
   int64_t count = 1;
@@ -92,7 +100,9 @@ static int64_t elements(const tensor_view *view) {
   return count;
 }
 
-int64_t tensor_view_bytes(const tensor_view *view) { return elements(view) * element_bytes(view->dtype); }
+int64_t tensor_view_bytes(const tensor_view *view) {
+  return elements(view) * element_bytes(view->dtype);
+}
 
 // Row-major without gaps. Strides of dimensions of size 1, and of tensors without elements, count for nothing.
 static bool is_contiguous(const tensor_view *view) {
@@ -115,7 +125,8 @@ static void finish(tensor_view *view) {
 
 static int check_dims(core_state *state, const char *name, int32_t ndim) {
   if (ndim >= 0 && ndim <= TENSOR_MAX_DIMS) return 0;
-  core_fail(state, MS_ESHAPE, "%s: got %d dimensions, expected at most %d", name, ndim, TENSOR_MAX_DIMS);
+  core_fail(state, MS_ESHAPE, "%s: got %d dimensions, expected at most %d", name, ndim,
+            TENSOR_MAX_DIMS);
   return -1;
 }
 
@@ -135,16 +146,17 @@ static int take_fields(core_state *state, const DLTensor *t, const char *name, t
   return 0;
 }
 
-static int take_managed(core_state *state, DLManagedTensorVersioned *managed, const char *name, bool write,
-                        tensor_view *out) {
+static int take_managed(core_state *state, DLManagedTensorVersioned *managed, const char *name,
+                        bool write, tensor_view *out) {
   out->hold.managed = managed;
   if (managed->version.major != DLPACK_MAJOR) {
-    core_fail(state, MS_EINVAL, "%s: got a tensor of DLPack %u, expected DLPack %d", name, managed->version.major,
-              DLPACK_MAJOR);
+    core_fail(state, MS_EINVAL, "%s: got a tensor of DLPack %u, expected DLPack %d", name,
+              managed->version.major, DLPACK_MAJOR);
     return -1;
   }
   if (write && managed->flags & DL_IS_COPIED) {
-    core_fail(state, MS_EINVAL, "%s: its library shares a copy only, expected the memory itself, to write to", name);
+    core_fail(state, MS_EINVAL,
+              "%s: its library shares a copy only, expected the memory itself, to write to", name);
     return -1;
   }
   out->read_only = managed->flags & DL_READ_ONLY;
@@ -155,7 +167,8 @@ static int take_managed(core_state *state, DLManagedTensorVersioned *managed, co
 static bool is_numpy_bfloat16(PyArrayObject *array) {
   if (!PyTypeNum_ISUSERDEF(PyArray_TYPE(array)) || PyArray_ITEMSIZE(array) != 2) return false;
   PyObject *name = PyObject_GetAttrString((PyObject *)PyArray_DESCR(array), "name");
-  bool same = name && PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, "bfloat16") == 0;
+  bool same =
+      name && PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, "bfloat16") == 0;
   Py_XDECREF(name);
   PyErr_Clear();
   return same;
@@ -180,7 +193,9 @@ static int open_numpy(core_state *state, PyArrayObject *array, const char *name,
   if (code < 0) {
     PyObject *text = PyObject_Str((PyObject *)PyArray_DESCR(array));
     const char *said = text ? PyUnicode_AsUTF8AndSize(text, NULL) : NULL;
-    if (said) core_fail(state, MS_EDTYPE, "%s: got NumPy dtype %s, which no other library knows", name, said);
+    if (said)
+      core_fail(state, MS_EDTYPE, "%s: got NumPy dtype %s, which no other library knows", name,
+                said);
     Py_XDECREF(text);
     return -1;
   }
@@ -189,8 +204,10 @@ static int open_numpy(core_state *state, PyArrayObject *array, const char *name,
   for (int32_t i = 0; i < out->ndim; i++) {
     int64_t stride = PyArray_STRIDE(array, i);
     if (stride % size && PyArray_DIM(array, i) > 1) {
-      core_fail(state, MS_EINVAL, "%s: its elements lie %lld bytes apart, expected a multiple of their %lld bytes: copy it",
-                name, (long long)stride, (long long)size);
+      core_fail(
+          state, MS_EINVAL,
+          "%s: its elements lie %lld bytes apart, expected a multiple of their %lld bytes: copy it",
+          name, (long long)stride, (long long)size);
       return -1;
     }
     out->shape[i] = PyArray_DIM(array, i);
@@ -238,8 +255,8 @@ static int find_table(core_state *state, PyTypeObject *type, const DLPackExchang
 }
 
 // To write, the managed form: only that one says whether the memory is read-only or a copy.
-static int open_table(core_state *state, PyObject *tensor, const DLPackExchangeAPI *api, const char *name,
-                      bool write, tensor_view *out) {
+static int open_table(core_state *state, PyObject *tensor, const DLPackExchangeAPI *api,
+                      const char *name, bool write, tensor_view *out) {
   if (!write && api->dltensor_from_py_object_no_sync) {
     DLTensor fields;
     if (api->dltensor_from_py_object_no_sync(tensor, &fields) == 0)
@@ -272,7 +289,8 @@ done:
 }
 
 // The capsule is renamed before its tensor is ours: from then on it deletes nothing.
-static int take_capsule(core_state *state, PyObject *capsule, const char *name, bool write, tensor_view *out) {
+static int take_capsule(core_state *state, PyObject *capsule, const char *name, bool write,
+                        tensor_view *out) {
   if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
     DLManagedTensorVersioned *managed = PyCapsule_GetPointer(capsule, "dltensor_versioned");
     if (PyCapsule_SetName(capsule, "used_dltensor_versioned")) return -1;
@@ -284,16 +302,20 @@ static int take_capsule(core_state *state, PyObject *capsule, const char *name, 
     out->hold.legacy = legacy;
     return take_fields(state, &legacy->dl_tensor, name, out);
   }
-  core_fail(state, MS_EINVAL, "%s: its __dlpack__ returned something else than an unused DLPack capsule", name);
+  core_fail(state, MS_EINVAL,
+            "%s: its __dlpack__ returned something else than an unused DLPack capsule", name);
   return -1;
 }
 
-static int open_capsule(core_state *state, PyObject *tensor, const char *name, bool write, tensor_view *out) {
+static int open_capsule(core_state *state, PyObject *tensor, const char *name, bool write,
+                        tensor_view *out) {
   if (!PyObject_HasAttr((PyObject *)Py_TYPE(tensor), state->dlpack)) {
     PyObject *type = PyType_GetName(Py_TYPE(tensor));
     const char *said = type ? PyUnicode_AsUTF8AndSize(type, NULL) : NULL;
     if (said)
-      core_fail(state, MS_EDTYPE, "%s: got %s, expected a tensor: torch, NumPy or any other with __dlpack__", name, said);
+      core_fail(state, MS_EDTYPE,
+                "%s: got %s, expected a tensor: torch, NumPy or any other with __dlpack__", name,
+                said);
     Py_XDECREF(type);
     return -1;
   }
@@ -307,7 +329,8 @@ static int open_capsule(core_state *state, PyObject *tensor, const char *name, b
   return result;
 }
 
-int tensor_view_open(core_state *state, PyObject *tensor, const char *name, bool write, tensor_view *out) {
+int tensor_view_open(core_state *state, PyObject *tensor, const char *name, bool write,
+                     tensor_view *out) {
   *out = (tensor_view){0};
   const DLPackExchangeAPI *api = NULL;
   int result = -1;
@@ -318,7 +341,8 @@ int tensor_view_open(core_state *state, PyObject *tensor, const char *name, bool
     finish(out);
     result = 0;
   } else if (find_table(state, Py_TYPE(tensor), &api) == 0) {
-    result = api ? open_table(state, tensor, api, name, write, out) : open_capsule(state, tensor, name, write, out);
+    result = api ? open_table(state, tensor, api, name, write, out)
+                 : open_capsule(state, tensor, name, write, out);
   }
   if (result)
     tensor_view_close(out);
@@ -364,8 +388,9 @@ int tensor_view_check(core_state *state, const tensor_need *need, tensor_view *v
   const char *name = need->name;
   if (!in_cpu_memory(view)) {
     core_fail(state, MS_EINVAL,
-              "%s: got DLPack device type %d, id %d, expected CPU memory: the CUDA engine is not in this build", name,
-              view->device.device_type, view->device.device_id);
+              "%s: got DLPack device type %d, id %d, expected CPU memory: the CUDA engine is not "
+              "in this build",
+              name, view->device.device_type, view->device.device_id);
   } else if (!core_dtype(view->dtype, &view->type) || !(need->dtypes & 1u << view->type)) {
     tensor_dtype_name(view->dtype, got);
     list_dtypes(need->dtypes, expected);
@@ -378,12 +403,15 @@ int tensor_view_check(core_state *state, const tensor_need *need, tensor_view *v
     list(view->shape, view->ndim, got);
     list(view->strides, view->ndim, expected);
     core_fail(state, MS_EINVAL,
-              "%s: got %s with strides %s, expected a contiguous tensor: call .contiguous() or numpy.ascontiguousarray()",
+              "%s: got %s with strides %s, expected a contiguous tensor: call .contiguous() or "
+              "numpy.ascontiguousarray()",
               name, got, expected);
   } else if (need->write && view->read_only) {
     core_fail(state, MS_EINVAL, "%s: got read-only memory, expected memory to write to", name);
   } else if ((uintptr_t)view->data % (uintptr_t)element_bytes(view->dtype)) {
-    core_fail(state, MS_EINVAL, "%s: got an address that is no multiple of its %d-byte elements, expected one that is: copy it",
+    core_fail(state, MS_EINVAL,
+              "%s: got an address that is no multiple of its %d-byte elements, expected one that "
+              "is: copy it",
               name, (int)element_bytes(view->dtype));
   } else {
     return 0;
@@ -391,7 +419,8 @@ int tensor_view_check(core_state *state, const tensor_need *need, tensor_view *v
   return -1;
 }
 
-int tensor_view_take(core_state *state, PyObject *tensor, const tensor_need *need, tensor_view *out) {
+int tensor_view_take(core_state *state, PyObject *tensor, const tensor_need *need,
+                     tensor_view *out) {
   if (tensor_view_open(state, tensor, need->name, need->write, out)) return -1;
   if (tensor_view_check(state, need, out) == 0) return 0;
   tensor_view_close(out);

@@ -22,7 +22,8 @@ typedef struct tensor_view {
 //   name   the argument, for messages
 //   write  it will be written: the producer is asked whether it may be
 // 0, or -1 with an exception set and nothing held. Data is not touched and may be on any device.
-int tensor_view_open(core_state *state, PyObject *tensor, const char *name, bool write, tensor_view *out);
+int tensor_view_open(core_state *state, PyObject *tensor, const char *name, bool write,
+                     tensor_view *out);
 
 enum { // dtypes accepted, as bits
   TENSOR_FLOATS = 1 << MS_F32 | 1 << MS_BF16 | 1 << MS_F16,
@@ -32,17 +33,18 @@ enum { // dtypes accepted, as bits
 typedef struct tensor_need {
   const char *name;
   unsigned dtypes;
-  int32_t ndim;         // 1 or 2
-  int64_t shape[2];     // -1: any
-  const char *dims;     // their letters, "TD", for messages
-  bool strided, write;  // any strides will do; contiguous otherwise
+  int32_t ndim;        // 1 or 2
+  int64_t shape[2];    // -1: any
+  const char *dims;    // their letters, "TD", for messages
+  bool strided, write; // any strides will do; contiguous otherwise
 } tensor_need;
 
 // Refuse what is not needed, not in CPU memory, or not aligned to its elements: -1 with an exception set, and the view
 // still open. Runs no foreign code.
 int tensor_view_check(core_state *state, const tensor_need *need, tensor_view *view);
 // Open and check; closed if it fails.
-int tensor_view_take(core_state *state, PyObject *tensor, const tensor_need *need, tensor_view *out);
+int tensor_view_take(core_state *state, PyObject *tensor, const tensor_need *need,
+                     tensor_view *out);
 
 int64_t tensor_view_bytes(const tensor_view *view); // of a contiguous one
 // "float32", "bfloat16", "uint8" ...

@@ -38,10 +38,8 @@ void core_pool_give_back(core_state *state, core_pool *pool) {
   bool last = --pool->users == 0;
   pthread_mutex_unlock(&state->lock);
   if (!last) return;
-  Py_BEGIN_ALLOW_THREADS
-  ms_threads_free(pool->threads);
-  Py_END_ALLOW_THREADS
-  free(pool);
+  Py_BEGIN_ALLOW_THREADS ms_threads_free(pool->threads);
+  Py_END_ALLOW_THREADS free(pool);
 }
 
 // Put `pool` (NULL: nothing) in the place of the current one.
@@ -73,11 +71,13 @@ core_pool *core_pool_take(core_state *state) {
 
 void core_pool_drop(core_state *state) { pool_replace(state, NULL); }
 
-PyDoc_STRVAR(isa_doc, "isa($module, /)\n--\n\n"
-                      "The instruction set that the kernels of this process use: 'avx512', 'avx2' or 'generic'.\n\n"
-                      "The best one of this CPU, or what the environment variable MOESHARD_ISA says.\n\n"
-                      "Raises:\n"
-                      "    ArgumentError: MOESHARD_ISA names one that does not exist or that this CPU lacks.\n");
+PyDoc_STRVAR(
+    isa_doc,
+    "isa($module, /)\n--\n\n"
+    "The instruction set that the kernels of this process use: 'avx512', 'avx2' or 'generic'.\n\n"
+    "The best one of this CPU, or what the environment variable MOESHARD_ISA says.\n\n"
+    "Raises:\n"
+    "    ArgumentError: MOESHARD_ISA names one that does not exist or that this CPU lacks.\n");
 
 static PyObject *isa(PyObject *module, PyObject *unused) {
   (void)unused;
@@ -87,8 +87,9 @@ static PyObject *isa(PyObject *module, PyObject *unused) {
   return PyUnicode_FromString(name);
 }
 
-PyDoc_STRVAR(isa_available_doc, "isa_available($module, /)\n--\n\n"
-                                "The instruction sets that this CPU can run, best first: a tuple of str.\n");
+PyDoc_STRVAR(isa_available_doc,
+             "isa_available($module, /)\n--\n\n"
+             "The instruction sets that this CPU can run, best first: a tuple of str.\n");
 
 static PyObject *isa_available(PyObject *module, PyObject *unused) {
   (void)module, (void)unused;
@@ -103,13 +104,15 @@ static PyObject *isa_available(PyObject *module, PyObject *unused) {
   return tuple;
 }
 
-PyDoc_STRVAR(set_doc, "set_num_threads($module, count, /)\n--\n\n"
-                      "Set the number of threads that compute, the calling one included. Results do not depend on it.\n\n"
-                      "Calls that are running in other Python threads keep the threads they began with.\n\n"
-                      "Args:\n"
-                      "    count: 1 to 4096; 1 starts no thread.\n\n"
-                      "Raises:\n"
-                      "    ArgumentError: another number.\n");
+PyDoc_STRVAR(set_doc,
+             "set_num_threads($module, count, /)\n--\n\n"
+             "Set the number of threads that compute, the calling one included. Results do not "
+             "depend on it.\n\n"
+             "Calls that are running in other Python threads keep the threads they began with.\n\n"
+             "Args:\n"
+             "    count: 1 to 4096; 1 starts no thread.\n\n"
+             "Raises:\n"
+             "    ArgumentError: another number.\n");
 
 static PyObject *set_num_threads(PyObject *module, PyObject *number) {
   core_state *state = PyModule_GetState(module);
@@ -123,8 +126,10 @@ static PyObject *set_num_threads(PyObject *module, PyObject *number) {
   Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(get_doc, "get_num_threads($module, /)\n--\n\n"
-                      "The number of threads that compute; at first, the cores that this process may use.\n");
+PyDoc_STRVAR(
+    get_doc,
+    "get_num_threads($module, /)\n--\n\n"
+    "The number of threads that compute; at first, the cores that this process may use.\n");
 
 static PyObject *get_num_threads(PyObject *module, PyObject *unused) {
   (void)unused;
