@@ -82,7 +82,7 @@ ISAS := $(or $(ISAS_$(shell uname -m)),generic)
 FLAGS_avx2 := -mavx2 -mfma -mf16c
 FLAGS_avx512 := $(FLAGS_avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl
 FLAGS_asan := -fsanitize=address,undefined -fno-sanitize-recover=all
-FLAGS_tsan := -fsanitize=thread
+FLAGS_tsan := -fsanitize=thread -Wno-unused-function# tests that fork are left out
 # Without address randomisation: the thread sanitizer of gcc 12 cannot place its memory otherwise.
 RUN_tsan := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 

@@ -65,8 +65,9 @@ def shard(
 ) -> Model:
     """Cut the experts of every MoE layer of a model over the ranks, in place. Collective.
 
-    Afterwards the model is called as before and gives the same outputs; its forward pass is collective. Each rank
-    keeps its share of the experts, the originals are freed.
+    Afterwards the model is called as before and gives the same outputs. Its forward pass is collective: all ranks call
+    it equally often (``generate`` too: the same number of steps), each with any number of tokens. Each rank keeps its
+    share of the experts, the originals are freed.
 
     Args:
         model: a HuggingFace model (or any module that holds MoE blocks of a known class) on the CPU, in eval mode,
@@ -338,10 +339,9 @@ def _collect(original: Original) -> None:
             weights.b_out[expert].copy_(_from_all(experts.group, b_out.unsqueeze(0))[first][0])
 
 
-def _from_all(group: Group, rows: torch.Tensor) -> Sequence[torch.Tensor]:
+def _from_all(group: Group, rows: torch.Tensor) -> list[torch.Tensor]:
     """Every rank's rows."""
-    gathered = torch.from_numpy(group.gather_rows(rows)).view(rows.dtype)
-    return torch.split(gathered, group.batch.tokens_per_rank.tolist())
+    return [torch.from_numpy(words).view(rows.dtype) for words in group.gather_rows(rows)]
 
 
 def _return_freed_memory() -> None:

@@ -110,11 +110,16 @@ def run(options: argparse.Namespace) -> int:
         ArgumentError: an option that cannot be used, or a library is missing (says how to install it).
     """
     try:
+        import matplotlib  # noqa: F401  (for the plot at the end)
+
         from .demo_rank import Job, prepare
     except ImportError as error:
         raise ArgumentError(f"the demo needs {error.name}: pip install 'moeshard[hf,demo]'") from error
     from .launcher import launch
 
+    for path in (options.json, options.plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ArgumentError(f"{path}: there is no folder {path.parent}")
     documents, vocabulary = _documents(options.model)
     job = Job(options.model, _config(options, vocabulary), options.seed, _batches(documents, options))
     threads = options.threads or max(1, len(os.sched_getaffinity(0)) // options.ranks)
@@ -122,12 +127,13 @@ def run(options: argparse.Namespace) -> int:
     weights = options.model or f"seeded, not trained (seed {options.seed})"
     print(
         f"{options.ranks} ranks, {threads} {'thread' if threads == 1 else 'threads'} each; a forward pass takes "
-        f"{sequences} sequences of {length} tokens a rank.\nText: Python's help topics. Weights: {weights}.",
+        f"{sequences} x {length} tokens a rank.\nText: Python's help topics. Weights: {weights}.",
         flush=True,
     )
-    with launch(options.ranks, threads=threads, timeout=TIMEOUT) as ranks:
+    passes = options.repeats * len(job.batches[0])
+    with launch(options.ranks, threads=threads, timeout=TIMEOUT) as ranks, _progress(4 * passes) as advance:
         facts = ranks.run(prepare, job)
-        natural, skewed = _measure(ranks, job, facts, options.repeats)
+        natural, skewed = _measure(ranks, passes, len(job.batches[0]), facts, advance)
 
     _print_table(natural, skewed, facts)
     if options.json:
@@ -142,26 +148,25 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _measure(ranks: "Ranks", job: "Job", facts: "Sequence[Facts]", repeats: int) -> tuple[Outcome, Outcome]:
-    """Run every batch `repeats` times through both models, with the router as it is and then with a skewed one."""
+def _measure(
+    ranks: "Ranks", passes: int, batches: int, facts: "Sequence[Facts]", advance: Callable[[int], object]
+) -> tuple[Outcome, Outcome]:
+    """Run the batches in turn through both models, with the router as it is and then with a skewed one."""
     from .demo_rank import compare, skew
 
-    batches = len(job.batches[0])
-    experts = facts[0].columns.shape[1]
-    hot = _hot(experts)
-    with _progress(4 * repeats * batches) as advance:
+    hot = _hot(facts[0].columns.shape[1])
 
-        def run_all() -> Outcome:
-            passes = []
-            for number in range(repeats * batches):
-                passes.append(ranks.run(compare, number % batches, ours_first=number % 2 == 1))
-                advance(2)
-            return summarize(passes, batches, facts, hot)
+    def measure() -> Outcome:
+        pairs = []
+        for number in range(passes):
+            pairs.append(ranks.run(compare, number % batches, ours_first=number % 2 == 1))
+            advance(2)
+        return summarize(pairs, batches, facts, hot)
 
-        natural = run_all()
-        if hot < experts:
-            ranks.run(skew, hot, HOT_SHARE)
-        return natural, run_all()
+    natural = measure()
+    if hot < facts[0].columns.shape[1]:
+        ranks.run(skew, hot, HOT_SHARE)
+    return natural, measure()
 
 
 def summarize(passes: "Sequence[Sequence[Pair]]", batches: int, facts: "Sequence[Facts]", hot: int) -> Outcome:
@@ -215,13 +220,11 @@ def plot(natural: Outcome, skewed: Outcome, path: Path) -> None:
         path: the picture; its ending decides the format.
 
     Raises:
-        ArgumentError: matplotlib is missing.
+        ImportError: matplotlib is missing.
         OSError: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ArgumentError("the plot needs matplotlib: pip install 'moeshard[demo]'") from error
+    from matplotlib.figure import Figure
+
     # Okabe and Ito's colours: safe for colour-blind readers.
     blue, orange, green, red, grey = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
     figure = Figure(figsize=(12, 3.8), layout="constrained")

@@ -58,17 +58,18 @@ class TorchExchange:
         _core.header_check(words)
         headers = words.view(_HEADER)[:, 0]
         self._header, self._tokens = headers[self.rank], headers["T"].copy()
-        index, weights = batch.routing()
-        rows = self._own_rows(batch)
-        if self._header["replicated"]:  # nothing travels: the rows are this rank's own
-            self._tokens[np.arange(self.ranks) != self.rank] = 0
-        else:
-            own = np.concatenate([index, weights.view(np.int32)], axis=1).view(np.uint8)
-            gathered, rows = self._from_all(torch.from_numpy(own), rows)
-            routing = gathered.numpy().view(np.int32)
-            index = np.ascontiguousarray(routing[:, : index.shape[1]])
-            weights = np.ascontiguousarray(routing[:, index.shape[1] :]).view(np.float32)
-        batch.gather_from(self.rank, self._tokens, rows.view(_DTYPES[self._header["dtype"]]), index, weights)
+        with translated("gather"):
+            index, weights = batch.routing()
+            rows = self._own_rows(batch)
+            if self._header["replicated"]:  # nothing travels: the rows are this rank's own
+                self._tokens[np.arange(self.ranks) != self.rank] = 0
+            else:
+                own = np.concatenate([index, weights.view(np.int32)], axis=1).view(np.uint8)
+                gathered, rows = self._from_all(torch.from_numpy(own), rows)
+                routing = gathered.numpy().view(np.int32)
+                index = np.ascontiguousarray(routing[:, : index.shape[1]])
+                weights = np.ascontiguousarray(routing[:, index.shape[1] :]).view(np.float32)
+            batch.gather_from(self.rank, self._tokens, rows.view(_DTYPES[self._header["dtype"]]), index, weights)
         self._open = True
 
     def combine(self, batch: _core.Batch, /) -> None:
@@ -84,13 +85,15 @@ class TorchExchange:
         self._announce(np.zeros(_WORDS, np.int64))
         if partial is None:
             return
-        shares = (
-            [partial] * self.ranks if self._header["replicated"] else list(torch.split(partial, self._tokens.tolist()))
-        )
-        parts = torch.empty((self.ranks, *batch.shape[:2]))
-        parts[self.rank] = shares[self.rank]
-        self._send([shares], [list(parts)])
-        batch.combine_ranks(list(parts.numpy()))
+        with translated("combine"):
+            if self._header["replicated"]:
+                shares = [partial] * self.ranks
+            else:
+                shares = list(torch.split(partial, self._tokens.tolist()))
+            parts = torch.empty((self.ranks, *batch.shape[:2]))
+            parts[self.rank] = shares[self.rank]
+            self._send([shares], [list(parts)])
+            batch.combine_ranks(list(parts.numpy()))
 
     def refuse(self, message: str, /) -> None:
         """In place of the gather or combine the other ranks are in: they raise PeerError with this message."""
@@ -160,9 +163,9 @@ def translated(where: str) -> Iterator[None]:
     """Raise the errors of torch.distributed as CommError, CommTimeout or RankLost, with the original as the cause."""
     try:
         yield
-    except RuntimeError as error:
-        if isinstance(error, _core.MoeshardError):
-            raise
+    except _core.MoeshardError:
+        raise
+    except (RuntimeError, MemoryError) as error:
         text = str(error)
         known: type[_core.CommError] = _core.CommError
         if "timed out" in text.lower() or "timeout" in text.lower():

@@ -18,14 +18,17 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import _core
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from ._core import SupportsDLPack
 
 Backend = Literal["one", "shm", "torch"]
 
@@ -86,21 +89,27 @@ class Group:
         self.batch = _core.Batch()  # one forward pass's state, shared by all layers of the group
         self.rank = exchange.rank
         self.size = exchange.ranks
-        self.turn = threading.Lock()  # held for a whole call: threads of one rank take turns
+        self._turn = threading.Lock()
         self._release = release
         self._closed = ""
         self._layers = 0
         _groups.add(self)
 
-    def gather(self, batch: _core.Batch) -> None:
-        """Step 2 through the exchange, closing the group when the ranks are out of step afterwards."""
-        with self._in_step():
-            self.exchange.gather(batch)
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        """One call from route to combine: threads of this rank take turns.
 
-    def combine(self, batch: _core.Batch) -> None:
-        """Step 5 through the exchange, closing the group when the ranks are out of step afterwards."""
-        with self._in_step():
-            self.exchange.combine(batch)
+        Interrupted in the middle (Ctrl-C), it leaves the ranks out of step, so the group is closed; alone, the call is
+        forgotten.
+        """
+        with self._turn:
+            try:
+                yield
+            except Exception:
+                raise
+            except BaseException as error:
+                self._interrupted(error)
+                raise
 
     @contextlib.contextmanager
     def refusing(self) -> Iterator[None]:
@@ -113,8 +122,18 @@ class Group:
                     self.exchange.refuse(f"{type(error).__name__}: {error}")
             raise
         except BaseException as error:
-            self._close(f"{type(error).__name__} on rank {self.rank}")
+            self._interrupted(error)
             raise
+
+    def gather(self, batch: _core.Batch) -> None:
+        """Step 2 through the exchange; the group is closed if the ranks are out of step afterwards."""
+        with self._in_step():
+            self.exchange.gather(batch)
+
+    def combine(self, batch: _core.Batch) -> None:
+        """Step 5 through the exchange; the group is closed if the ranks are out of step afterwards."""
+        with self._in_step():
+            self.exchange.combine(batch)
 
     @contextlib.contextmanager
     def all_or_none(self) -> Iterator[None]:
@@ -137,36 +156,30 @@ class Group:
         """
         framed = len(data).to_bytes(8, "little") + data
         framed += bytes(-len(framed) % (4 * _CONTROL_WIDTH))
-        rows = np.frombuffer(framed, np.float32).reshape(-1, _CONTROL_WIDTH)
-        everything = self.gather_rows(rows).view(np.uint8)
-        messages, start = [], 0
-        for count in self.batch.tokens_per_rank:
-            message = everything[start : start + count].tobytes()
-            messages.append(message[8 : 8 + int.from_bytes(message[:8], "little")])
-            start += int(count)
-        return messages
+        messages = self.gather_rows(np.frombuffer(framed, np.float32).reshape(-1, _CONTROL_WIDTH))
+        return [frame[8:][: int.from_bytes(frame[:8], "little")] for frame in map(np.ndarray.tobytes, messages)]
 
-    def gather_rows(self, rows: _core.SupportsDLPack) -> np.ndarray:
-        """Every rank's rows, copied bit for bit; ``batch.tokens_per_rank`` then says how many each rank sent.
+    def gather_rows(self, rows: SupportsDLPack) -> list[NDArray[Any]]:
+        """Every rank's rows, on every rank, copied bit for bit.
 
         Args:
             rows: ``[T, D]`` float32, bfloat16 or float16; T may differ between ranks.
 
         Returns:
-            ``[N, D]`` in rank order; 16-bit dtypes as uint16 words.
+            ``[T, D]`` of each rank, in rank order; 16-bit dtypes as uint16 words.
 
         Raises:
             CommError: as :meth:`all_gather`.
         """
-        with self.turn:
+        with self.call():
             with self.refusing():
                 self.check_open()
                 nothing = np.empty((_core.tensor_info(rows)[0][0], 0), np.int32)
                 self.batch.route(rows, nothing, nothing.view(np.float32), 1, layer=_CONTROL_LAYER)
             self.gather(self.batch)
-            gathered = self.batch.rows()
+            gathered, counts = self.batch.rows(), self.batch.tokens_per_rank
             self.combine(self.batch)
-        return gathered
+        return np.split(gathered, counts.cumsum()[:-1])
 
     def barrier(self) -> None:
         """Wait for all ranks.
@@ -222,6 +235,12 @@ class Group:
             if self._release is not None:
                 self._release()
 
+    def _interrupted(self, error: BaseException) -> None:
+        if self.size > 1:
+            self._close(f"{type(error).__name__} on rank {self.rank}")
+        else:
+            self.exchange.refuse("interrupted")
+
     @contextlib.contextmanager
     def _in_step(self) -> Iterator[None]:
         self.check_open()
@@ -229,7 +248,7 @@ class Group:
             yield
         except (_core.RankMismatch, _core.PeerError):
             raise  # every rank raises and stands before the next call
-        except BaseException as error:
+        except _core.CommError as error:
             self._close(f"{type(error).__name__}: {error}")
             raise
 

@@ -134,7 +134,7 @@ class ShardedExperts(nn.Module):
         Source: arXiv 2503.08467, algorithm 1.
         """
         group, batch, experts = self.group, self.group.batch, self.packed.num_experts
-        with group.turn:
+        with group.call():
             with group.refusing():
                 group.check_open()
                 hidden, index, weights = self._rows(hidden_states, top_k_index, top_k_weights)

@@ -190,6 +190,11 @@ def test_impossible_width_is_refused_before_anything_starts(capsys: pytest.Captu
     assert "--d-model: expected a multiple of 64, got 100" in capsys.readouterr().err
 
 
+def test_a_folder_that_does_not_exist_is_refused_before_anything_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", "--json", "nowhere/out.json"]) == 1
+    assert "nowhere/out.json: there is no folder nowhere" in capsys.readouterr().err
+
+
 def test_doctor_reports_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor"]) == 0
     report = capsys.readouterr().out

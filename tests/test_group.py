@@ -22,7 +22,7 @@ from moeshard.exchange_torch import TorchExchange
 HERE = Path(__file__).parent
 
 
-def over_gloo(ranks, path, timeout=30):
+def over_gloo(ranks, path, timeout=None):
     """A group over torch.distributed in the first workers of a launch."""
     import torch.distributed as dist
 
@@ -61,6 +61,7 @@ def test_torchrun_finds_shared_memory_and_torch_is_bit_equal(tmp_path):
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone",
         str(HERE / "torchrun_ranks.py"), str(tmp_path / "found"),
     ]  # fmt: skip
+    before = set(Path("/dev/shm").glob("moeshard-*"))
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     for rank in range(2):
@@ -69,7 +70,7 @@ def test_torchrun_finds_shared_memory_and_torch_is_bit_equal(tmp_path):
             assert found[key][:2] == [2, backend]
             assert found[key][2] < 2e-6
         assert found["same bits"]
-    assert not list(Path("/dev/shm").glob("moeshard-*")), "no name is left"
+    assert set(Path("/dev/shm").glob("moeshard-*")) <= before, "no name is left"
 
 
 def hosts_differ(ranks, path):
@@ -106,10 +107,11 @@ def gathers(group):
 
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16).view(-1, 64)[group.rank :]
     rows = group.gather_rows(bits)
-    counts = group.batch.tokens_per_rank
-    mine = rows[counts[: group.rank].sum() :][: counts[group.rank]]
+    same = (rows[group.rank] == bits.view(torch.uint16).numpy()).all() and [len(r) for r in rows] == list(
+        range(1024, 1024 - group.size, -1)
+    )
     messages = group.all_gather(os.urandom(0) if group.rank == 0 else bytes([group.rank]) * 5000 * group.rank)
-    return bool((mine == bits.view(torch.uint16).numpy()).all()), [(len(m), set(m)) for m in messages]
+    return bool(same), [(len(m), set(m)) for m in messages]
 
 
 def gathers_over_gloo(ranks, path):
@@ -300,6 +302,25 @@ def ranks_without(how, backend, path):
         )
         for rank in range(3)
     ]  # fmt: skip
+
+
+def comes_alone(path):
+    """Only rank 0 wants a group."""
+    if group_module.launched.rank == 0:
+        moeshard.init() if path is None else over_gloo(2, path)
+    elif path is not None:
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo", init_method=f"file://{path}", rank=1, world_size=2)
+
+
+@pytest.mark.parametrize("backend", ["shm", "torch"])
+def test_a_rank_that_does_not_come_is_a_timeout(tmp_path, backend):
+    with moeshard.launch(2, timeout=2) as ranks:
+        start = time.monotonic()
+        with pytest.raises(moeshard.CommTimeout):
+            ranks.run(comes_alone, tmp_path / "store" if backend == "torch" else None)
+        assert time.monotonic() - start < 8
 
 
 @pytest.mark.parametrize("backend", ["shm", "torch"])

@@ -61,7 +61,8 @@ def test_unknown_name_is_an_attribute_error():
 def test_a_source_tree_without_the_extension_says_what_to_do(tmp_path):
     package = Path(moeshard.__file__).parent
     shutil.copytree(package, tmp_path / "moeshard", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    result = python(["-c", "import moeshard"], cwd=tmp_path)
+    # -S: an editable install would find its own extension for any package of this name
+    result = python(["-S", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import moeshard"])
     assert result.returncode == 1
     assert "source tree without its C extension" in result.stderr
     assert str(tmp_path) in result.stderr and "make build" in result.stderr

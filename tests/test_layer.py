@@ -247,6 +247,60 @@ def test_a_bad_input_on_one_rank_reaches_all_and_the_group_goes_on(workers, rank
         assert relative_error(output, expected) < 2e-6
 
 
+class Interrupt:
+    """A counter whose use is interrupted, as by Ctrl-C after ffn."""
+
+    def __iadd__(self, counts):
+        raise KeyboardInterrupt
+
+
+def interrupt(group, case, where):
+    layer = layer_of(case, group)
+    expected = forward(layer, case, slice(None))
+    if group.rank == 0:
+        if where == "in ffn":
+            counts, layer.counts = layer.counts, Interrupt()
+        else:
+            gather = group.gather
+
+            def interrupted(batch):
+                gather(batch)
+                raise KeyboardInterrupt
+
+            group.gather = interrupted
+    try:
+        forward(layer, case, slice(None))
+    except KeyboardInterrupt:
+        said = "KeyboardInterrupt"
+        if where == "in ffn":
+            layer.counts = counts
+        else:
+            group.gather = gather
+    except moeshard.CommError as error:
+        said = type(error).__name__
+    return said, group.closed, None if group.closed else bool((forward(layer, case, slice(None)) == expected).all())
+
+
+@pytest.mark.parametrize("where", ["in ffn", "after gather"])
+def test_an_interrupted_call_is_forgotten_alone_and_closes_a_group_of_ranks(workers, where):
+    case = layer_case(12, 8, 12, 3, 2)
+    assert interrupt(moeshard.init("one"), case, where) == ("KeyboardInterrupt", False, True)
+    assert on_ranks(workers, 2, interrupt, case, where) == [("KeyboardInterrupt", True, None), ("RankLost", True, None)]
+
+
+def test_threads_of_one_rank_take_turns():
+    from concurrent.futures import ThreadPoolExecutor
+
+    case = layer_case(200, 32, 64, 3, 2)
+    layer = layer_of(case, moeshard.init("one"))
+    packed = moeshard.pack(case["w_in"], case["w_out"])
+    expected = forward(layer, case, slice(None))
+    with ThreadPoolExecutor(4) as pool:
+        first = [pool.submit(forward, layer, case, slice(None)) for _ in range(20)]
+        second = [pool.submit(packed, *(case[name] for name in NAMES)) for _ in range(20)]
+        assert all((future.result() == expected).all() for future in first + second)
+
+
 def different_layers(group, case):
     layers = [layer_of(case, group), layer_of(case, group)]
     forward(layers[group.rank % 2], case, slice(None))

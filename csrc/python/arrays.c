@@ -8,7 +8,11 @@
 #include <string.h>
 
 PyArrayObject *array_take(core_state *state, PyObject *like, const array_need *need) {
-  PyArrayObject *array = (PyArrayObject *)PyArray_FROM_OTF(like, need->type, NPY_ARRAY_IN_ARRAY);
+  // As it comes first: told a dtype, NumPy would cut a list of 0.5 to integers. From array to array it does not.
+  PyArrayObject *array = NULL;
+  PyObject *any = PyArray_FROM_O(like);
+  if (any) array = (PyArrayObject *)PyArray_FROM_OTF(any, need->type, NPY_ARRAY_IN_ARRAY);
+  Py_XDECREF(any);
   if (!array) {
     core_fail_from(state, MS_EDTYPE, "%s: expected %s [%s]", need->name,
                    need->type == NPY_DOUBLE ? "numbers" : "integers", need->dims);

@@ -262,7 +262,7 @@ static PyObject *tensor_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
   self->block = block_create(element, ndim, shape);
   if (self->block) return (PyObject *)self;
   Py_DECREF(self);
-  return PyErr_NoMemory();
+  return core_fail(state, MS_ENOMEM, "shape: no memory for a %s tensor of this size", dtype);
 }
 
 static void tensor_dealloc(PyObject *self) {

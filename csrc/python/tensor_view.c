@@ -16,12 +16,16 @@
 
 // ---- what is kept alive -------------------------------------------------------------------------
 
+// Deleters are foreign code, which may run Python's and lose an exception that is on its way out.
 void tensor_hold_release(tensor_hold *hold) {
   tensor_hold held = *hold;
   *hold = (tensor_hold){0};
+  PyObject *type, *value, *traceback;
+  PyErr_Fetch(&type, &value, &traceback);
   if (held.managed && held.managed->deleter) held.managed->deleter(held.managed);
   if (held.legacy && held.legacy->deleter) held.legacy->deleter(held.legacy);
   Py_XDECREF(held.owner);
+  PyErr_Restore(type, value, traceback);
 }
 
 void tensor_view_close(tensor_view *view) { tensor_hold_release(&view->hold); }
@@ -194,7 +198,7 @@ static int open_numpy(core_state *state, PyArrayObject *array, const char *name,
     PyObject *text = PyObject_Str((PyObject *)PyArray_DESCR(array));
     const char *said = text ? PyUnicode_AsUTF8AndSize(text, NULL) : NULL;
     if (said)
-      core_fail(state, MS_EDTYPE, "%s: got NumPy dtype %s, which no other library knows", name,
+      core_fail(state, MS_EDTYPE, "%s: got NumPy dtype %s, expected numbers in the byte order of this machine", name,
                 said);
     Py_XDECREF(text);
     return -1;
