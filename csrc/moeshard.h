@@ -94,7 +94,7 @@ typedef enum ms_activation {
 
 // The instruction set the kernels of this process use: "avx512", "avx2" or "generic". Chosen once
 // from CPU features; MOESHARD_ISA forces one (tests).
-// Errors: MS_EINVAL if MOESHARD_ISA names one that does not exist or that this CPU lacks.
+// Cost: O(1). Errors: MS_EINVAL if MOESHARD_ISA names one that does not exist or that this CPU lacks.
 ms_status ms_isa(const char **name, ms_error *err);
 // Names of the instruction sets this CPU can run, best first, NULL at the end.
 const char *const *ms_isa_available(void);
@@ -103,6 +103,8 @@ const char *const *ms_isa_available(void);
 // of 1 starts no thread. Results never depend on the number of threads.
 // One pool serves one call at a time; concurrent calls are serialised.
 typedef struct ms_threads ms_threads;
+// Start count - 1 workers; fewer if the system refuses some (the others take their share).
+// Cost: some 20 us a worker. Errors: MS_EINVAL count outside 1..4096; MS_ENOMEM.
 ms_status ms_threads_create(int32_t count, ms_threads **out, ms_error *err);
 void ms_threads_free(ms_threads *threads);           // NULL is legal
 int32_t ms_threads_count(const ms_threads *threads); // 1 for NULL
@@ -175,7 +177,8 @@ typedef struct ms_experts_spec {
 typedef struct ms_experts ms_experts;
 
 // Reserve packed memory for all experts (pages are touched only by ms_experts_pack).
-// Errors: MS_EINVAL a dimension or column range; MS_ENOMEM.
+// Cost: O(E), address space for the packed bytes.
+// Errors: MS_EINVAL a dimension or column range; MS_EDTYPE the storage; MS_ENOMEM.
 ms_status ms_experts_create(const ms_experts_spec *spec, ms_experts **out, ms_error *err);
 void ms_experts_free(ms_experts *experts);                             // NULL is legal
 const ms_experts_spec *ms_experts_get_spec(const ms_experts *experts); // borrowed
@@ -195,6 +198,8 @@ ms_status ms_experts_pack(ms_experts *experts, int32_t e, int64_t first, int64_t
 // The inverse: this rank's columns of expert e in `storage` dtype, contiguous, as packed
 // (bit for bit what was packed when the dtypes are equal). Any destination may be NULL.
 //   w_in [Fr, D] (gated [2*Fr, D])   w_out [D, Fr]   b_in [Fr] ([2*Fr]) float32   b_out [D] float32
+// b_out is written only where the rank holds column 0.
+// Cost: one pass over the columns, no allocation. Errors: MS_EINVAL e outside 0..E-1.
 ms_status ms_experts_unpack(const ms_experts *experts, int32_t e, void *w_in, void *w_out,
                             float *b_in, float *b_out, ms_error *err);
 
@@ -233,6 +238,7 @@ typedef struct ms_batch {
   struct ms_batch_memory *memory; // what the pointers above point into (private)
 } ms_batch;
 
+// Cost: two small allocations. Errors: MS_ENOMEM.
 ms_status ms_batch_create(ms_batch **out, ms_error *err);
 void ms_batch_free(ms_batch *batch);           // NULL is legal
 int64_t ms_batch_bytes(const ms_batch *batch); // memory held
@@ -245,13 +251,14 @@ typedef struct ms_exchange ms_exchange;
 // Called about every 50 ms while waiting; nonzero ends the wait with MS_EINTR. May be NULL.
 typedef int ms_poll(void *context);
 
-// One rank: nothing travels.
+// One rank: nothing travels. Cost: one small allocation. Errors: MS_ENOMEM.
 ms_status ms_exchange_one(ms_exchange **out, ms_error *err);
 
 // Ranks of one host, through POSIX shared memory.
 //   name     the group's random name ([A-Za-z0-9-]+, the same on all ranks, used once)
 //   timeout  seconds that a wait may take, here and in every later call
 // The files (/moeshard-<name>-<rank>, mode 0600) are unlinked before this returns, also on failure.
+// Cost: two pages of shared memory a rank, some milliseconds; zones grow with the first calls.
 // Errors: MS_EINVAL; MS_ENOMEM; MS_ECOMM the file exists or /dev/shm is not usable; MS_ETIMEOUT names
 // the ranks that did not come; MS_EINTR.
 ms_status ms_exchange_shm(const char *name, int32_t rank, int32_t R, double timeout, ms_poll *poll,
@@ -263,6 +270,8 @@ int32_t ms_exchange_ranks(const ms_exchange *exchange);
 
 // In place of the gather (or combine) that the other ranks are in: tell them that this rank cannot take
 // part. They return MS_EPEER with "rank r: <msg>"; afterwards all stand before the next call.
+// Not after a gather or combine that failed: those have told the others themselves.
+// Cost: as a gather without tokens. Errors: MS_ELOST, MS_ETIMEOUT, MS_EINTR, MS_ECOMM: they could not be told.
 ms_status ms_exchange_refuse(ms_exchange *exchange, const char *msg, ms_error *err);
 
 // What ranks tell each other before a call, and check alike on all of them.
@@ -275,7 +284,7 @@ typedef struct ms_header {
 } ms_header;
 
 void ms_header_fill(const ms_batch *batch, uint64_t call, ms_header *out);
-// The same verdict on every rank. Errors: MS_EMISMATCH naming the field, the ranks and both values.
+// The same verdict on every rank. Cost: O(R). Errors: MS_EINVAL R; MS_EMISMATCH naming the field, the ranks and both values.
 ms_status ms_header_check(const ms_header *headers, int32_t R, ms_error *err);
 
 // ---- chapter 1: route -------------------------------------------------------------------------------
@@ -299,8 +308,8 @@ ms_status ms_gather(ms_batch *batch, ms_exchange *exchange, ms_error *err);
 
 // The same from memory that a caller's own transport has filled (torch.distributed, MPI ...).
 //   tokens  [R] tokens of each rank;  hidden [N, D], index [N, K], weight [N, K]: rank order, contiguous,
-//   borrowed until the next ms_route.
-// Errors: MS_EINVAL tokens[rank] != T; MS_ENOMEM.
+//   borrowed until the next ms_route. Replicated: N = T, and tokens is not 0 for this rank only.
+// Cost: O(N) row pointers, no copy. Errors: MS_EINVAL tokens[rank] != T; MS_ENOMEM.
 ms_status ms_gather_from(ms_batch *batch, int32_t rank, int32_t R, const int64_t *tokens,
                          const void *hidden, const int32_t *index, const float *weight,
                          ms_error *err);
@@ -325,9 +334,11 @@ ms_status ms_ffn(ms_batch *batch, const ms_experts *experts, ms_threads *threads
 // Cost: K*N*D + R*T*D additions. Errors: as ms_gather.
 ms_status ms_combine(ms_batch *batch, ms_exchange *exchange, ms_threads *threads, ms_error *err);
 
-// The two halves for a caller's own transport: sum the choices into batch->partial [N, D], and
-// out[t] = sum_r parts[r][t] over parts [R, T, D] float32 in rank order.
+// The two halves for a caller's own transport. First sum the choices into batch->partial [N, D].
+// Cost: K*N*D additions, no allocation. Errors: MS_EINVAL nothing gathered, or ffn has not run.
 ms_status ms_combine_choices(ms_batch *batch, ms_threads *threads, ms_error *err);
+// Then out[t] = sum_r parts[r][t] over parts [R][T, D] float32, in rank order.
+// Cost: R*T*D additions, no allocation. Errors: MS_EINVAL R.
 ms_status ms_combine_ranks(ms_batch *batch, const float *const *parts, int32_t R,
                            ms_threads *threads, ms_error *err);
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests of _core share: experts, tensors in 16-bit dtypes, the five steps. Needs no torch."""
 
+import contextlib
+
 import numpy as np
-import pytest
 from dlpack_producers import words_of
 
 from moeshard import _core
@@ -80,9 +81,11 @@ def pack_case(case, dtype="float32", columns=None, **kind):
     return packed
 
 
-@pytest.fixture
-def threads():
-    """Sets the number of threads, and puts it back."""
+@contextlib.contextmanager
+def threads_put_back():
+    """The number of threads is afterwards what it was."""
     before = _core.get_num_threads()
-    yield _core.set_num_threads
-    _core.set_num_threads(before)
+    try:
+        yield
+    finally:
+        _core.set_num_threads(before)

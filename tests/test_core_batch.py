@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from core_cases import EPS, as_tensor, experts, layer, normal, pack_case, threads, widened, words  # noqa: F401
+from core_cases import EPS, as_tensor, experts, layer, normal, pack_case, threads_put_back, widened, words
 from dlpack_producers import Crafted, words_of
 from reference import ACTIVATIONS, experts_reference, layer_case, relative_error
 
@@ -59,12 +59,13 @@ def test_weights_of_16_bits_are_widened():
     assert (layer(case["hidden"], case["index"], coarse, packed, np.empty_like(exact)) == exact).all()
 
 
-def test_bits_do_not_depend_on_threads_or_neighbours(threads):
+def test_bits_do_not_depend_on_threads_or_neighbours():
     case = layer_case(130, 48, 80, 4, 2)
     packed, found = pack_case(case), []
-    for count in (1, 2, 5):
-        threads(count)
-        found.append(layer(case["hidden"], case["index"], case["weights"], packed, np.empty_like(case["hidden"])))
+    with threads_put_back():
+        for count in (1, 2, 5):
+            _core.set_num_threads(count)
+            found.append(layer(case["hidden"], case["index"], case["weights"], packed, np.empty_like(case["hidden"])))
     assert (found[0] == found[1]).all() and (found[0] == found[2]).all()
     some = slice(17, 58)
     part = layer(
@@ -434,7 +435,7 @@ def test_the_gil_is_free_while_experts_compute():
     assert min(gaps) < 0.2  # with the GIL held it is 0.25 or more: one call of four
 
 
-def test_threads_with_batches_of_their_own_share_experts_and_pool(threads):
+def test_threads_with_batches_of_their_own_share_experts_and_pool():
     case = layer_case(64, 32, 48, 4, 2)
     packed, failures = pack_case(case), []
     right = layer(case["hidden"], case["index"], case["weights"], packed, np.empty_like(case["hidden"]))
@@ -448,16 +449,14 @@ def test_threads_with_batches_of_their_own_share_experts_and_pool(threads):
         except BaseException as error:
             failures.append(error)
 
-    workers = [threading.Thread(target=work) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    count = 0
-    while any(worker.is_alive() for worker in workers):  # pools change under running calls
-        count += 1
-        threads(1 + count % 3)
-    for worker in workers:
-        worker.join()
-    assert not failures and count > 1
+    workers, pools = [threading.Thread(target=work) for _ in range(4)], 0
+    with threads_put_back():
+        for worker in workers:
+            worker.start()
+        while any(worker.is_alive() for worker in workers):  # pools change under running calls
+            pools += 1
+            _core.set_num_threads(1 + pools % 3)
+    assert not failures and pools > 1
 
 
 def test_a_batch_used_by_many_threads_raises_and_does_not_crash():

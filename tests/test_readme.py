@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README's Python, run as a reader would run it: in order, with a small checkpoint under the name it uses."""
 
+import json
 import os
 import re
 import subprocess
@@ -34,6 +35,24 @@ def test_readme_python_runs_in_order(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
     assert "MoE layers on 1 rank" in done.stdout
+
+
+def test_readme_numbers_are_those_of_the_demo_that_it_names() -> None:
+    results = json.loads((ROOT / "docs/demo.json").read_text())
+    skewed = results["skewed"]
+    caption = " ".join(README.partition("![")[2].partition("## ")[0].split())
+    for number in (
+        *(f"{100 * share:.1f} %" for share in results["share_of_work_expert_parallel"]),
+        *(f"{100 * share:.1f} %" for share in skewed["share_of_work_expert_parallel"]),
+        *(f"{100 * share:.1f} %" for share in results["share_of_work"]),
+        *(f"{part[key]:.1f} s" for part in (results, skewed) for key in ("seconds", "seconds_hf")),
+        f"{100 * skewed['hot_share']:.0f} % of the tokens",
+        f"{max(results['max_rel_diff'], skewed['max_rel_diff']):.1e}",
+        f"{results['tokens']:,} tokens",
+        f"{max(results['weight_bytes']) / 2**30:.2f} GiB",
+        f"{results['weight_bytes_hf'][0] / 2**30:.2f} GiB",
+    ):
+        assert number in caption, number
 
 
 def test_readme_names_only_files_that_exist() -> None:

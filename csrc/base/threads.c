@@ -47,7 +47,7 @@ static void relax(void) {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #else
-  __asm__ volatile("" ::: "memory");
+  atomic_signal_fence(memory_order_seq_cst); // only keeps the loop a loop
 #endif
 }
 
