@@ -198,7 +198,8 @@ static int open_numpy(core_state *state, PyArrayObject *array, const char *name,
     PyObject *text = PyObject_Str((PyObject *)PyArray_DESCR(array));
     const char *said = text ? PyUnicode_AsUTF8AndSize(text, NULL) : NULL;
     if (said)
-      core_fail(state, MS_EDTYPE, "%s: got NumPy dtype %s, expected numbers in the byte order of this machine", name,
+      core_fail(state, MS_EDTYPE,
+                "%s: got NumPy dtype %s, expected numbers in the byte order of this machine", name,
                 said);
     Py_XDECREF(text);
     return -1;
