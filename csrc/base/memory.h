@@ -16,7 +16,7 @@ typedef struct ms_buffer {
 ms_status ms_buffer_grow(ms_buffer *buffer, int64_t bytes, const char *what, ms_error *err);
 void ms_buffer_free(ms_buffer *buffer);
 
-// Anonymous zeroed memory for packed weights, 2 MiB pages advised (1.1 times faster streaming at one or
+// Anonymous zeroed memory for packed weights, 2 MiB pages advised (faster streaming at one or
 // two tokens an expert, docs/cpu.md). Untouched pages cost nothing.
 ms_status ms_pages_alloc(int64_t bytes, const char *what, void **out, ms_error *err);
 void ms_pages_free(void *data, int64_t bytes); // NULL is legal
