@@ -440,23 +440,27 @@ def test_threads_with_batches_of_their_own_share_experts_and_pool():
     packed, failures = pack_case(case), []
     right = layer(case["hidden"], case["index"], case["weights"], packed, np.empty_like(case["hidden"]))
 
+    done = threading.Event()
+
     def work():
         try:
             batch, exchange, out = _core.Batch(), _core.exchange_one(), np.empty_like(right)
-            for _ in range(60):
+            while not done.is_set():
                 layer(case["hidden"], case["index"], case["weights"], packed, out, batch, exchange)
                 assert (out == right).all()
         except BaseException as error:
             failures.append(error)
 
-    workers, pools = [threading.Thread(target=work) for _ in range(4)], 0
+    workers = [threading.Thread(target=work) for _ in range(4)]
     with threads_put_back():
         for worker in workers:
             worker.start()
-        while any(worker.is_alive() for worker in workers):  # pools change under running calls
-            pools += 1
-            _core.set_num_threads(1 + pools % 3)
-    assert not failures and pools > 1
+        for change in range(100):  # pools change under running calls
+            _core.set_num_threads(1 + change % 3)
+        done.set()
+        for worker in workers:
+            worker.join()
+    assert not failures
 
 
 def test_a_batch_used_by_many_threads_raises_and_does_not_crash():

@@ -21,13 +21,14 @@ from moeshard import _core
 from moeshard._core import ArgumentError, CommError, DTypeError, ShapeError
 
 
-def files():
-    return sorted(str(path) for path in Path("/dev/shm").glob("moeshard-*"))
+def files(name):
+    """What a group of this name has left behind."""
+    return [path.name for path in Path("/dev/shm").glob(f"moeshard-{name}-*")]
 
 
-def connected(ranks, timeout=20.0):
+def connected(ranks, timeout=20.0, name=None):
     """An exchange of each rank, through shared memory."""
-    name = secrets.token_hex(8)
+    name = name or secrets.token_hex(8)
     with ThreadPoolExecutor(ranks) as pool:
         return list(pool.map(lambda rank: _core.exchange_shm(name, rank, ranks, timeout), range(ranks)))
 
@@ -289,16 +290,15 @@ def test_a_rank_that_does_not_come_is_a_timeout():
     ],
 )
 def test_an_exchange_that_cannot_be_is_refused_and_leaves_no_file(arguments, error, message):
-    before = files()
     with pytest.raises(error, match=message):
         _core.exchange_shm(*arguments)
-    assert files() == before
+    assert not files(arguments[0])
 
 
 def test_no_file_is_left_while_ranks_are_connected():
-    before = files()
-    ranks = connected(2)
-    assert files() == before and len(ranks) == 2
+    name = secrets.token_hex(8)
+    ranks = connected(2, name=name)
+    assert not files(name) and len(ranks) == 2
 
 
 # ---- signals ---------------------------------------------------------------------------------------------
@@ -323,10 +323,10 @@ def alarm():
 
 
 def test_a_signal_ends_the_wait_for_other_ranks_to_come(alarm):
-    before, start = files(), time.monotonic()
+    name, start = secrets.token_hex(8), time.monotonic()
     with pytest.raises(Alarm):
-        _core.exchange_shm(secrets.token_hex(8), 0, 2, 30.0)
-    assert time.monotonic() - start < 5 and files() == before
+        _core.exchange_shm(name, 0, 2, 30.0)
+    assert time.monotonic() - start < 5 and not files(name)
 
 
 def test_a_signal_ends_the_wait_in_a_call(alarm):
@@ -340,12 +340,8 @@ def test_a_signal_ends_the_wait_in_a_call(alarm):
 
 
 def test_control_c_is_a_keyboard_interrupt():
-    code = (
-        "import secrets; from moeshard import _core\n"
-        "print('ready', flush=True)\n"
-        "_core.exchange_shm(secrets.token_hex(8), 0, 2, 60.0)"
-    )
-    before = files()
+    name = secrets.token_hex(8)
+    code = f"from moeshard import _core\nprint('ready', flush=True)\n_core.exchange_shm('{name}', 0, 2, 60.0)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "ready\n"
@@ -354,7 +350,7 @@ def test_control_c_is_a_keyboard_interrupt():
         _, errors = process.communicate(timeout=10)
     finally:
         process.kill()
-    assert errors.strip().endswith("KeyboardInterrupt") and files() == before
+    assert errors.strip().endswith("KeyboardInterrupt") and not files(name)
 
 
 # ---- one thread at a time; what is over is over --------------------------------------------------------------
@@ -590,6 +586,15 @@ def test_gathered_arrays_are_kept_until_combine():
     batch.ffn(packed)
     batch.combine_ranks([batch.combine_choices()])
     assert sys.getrefcount(hidden) == count
+
+
+def test_gathering_again_forgets_the_group():
+    batch, packed = alone()
+    batch.group()
+    index, weights = batch.routing()
+    batch.gather_from(0, [4], np.ones((4, 8), np.float32), index, weights)
+    with pytest.raises(ArgumentError, match="ffn: nothing was grouped since the last gather"):
+        batch.ffn(packed)
 
 
 def test_an_exchange_is_not_combined_in_halves():

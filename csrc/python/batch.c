@@ -247,21 +247,18 @@ static PyObject *batch_route(PyObject *object, PyObject *args, PyObject *kwargs)
   core_batch_forget_route(self, &debts);
   self->grouped = false;
   ms_error err;
-  ms_status status;
-  Py_BEGIN_ALLOW_THREADS status =
-      ms_route(self->batch, v.hidden.data, v.hidden.type, v.index.data, v.index.type,
-               v.weights.data, v.weights.type, v.hidden.shape[0], v.hidden.shape[1],
-               (int32_t)v.index.shape[1], E, v.out.data, &err);
-  Py_END_ALLOW_THREADS if (status == MS_OK) {
+  PyThreadState *gil = PyEval_SaveThread();
+  ms_status status = ms_route(self->batch, v.hidden.data, v.hidden.type, v.index.data, v.index.type,
+                              v.weights.data, v.weights.type, v.hidden.shape[0], v.hidden.shape[1],
+                              (int32_t)v.index.shape[1], E, v.out.data, &err);
+  PyEval_RestoreThread(gil);
+  if (status == MS_OK) {
     self->batch->layer = layer;
     self->batch->replicated = replicated;
     self->routed = true;
     self->hidden = v.hidden.hold;
     self->out = v.out.hold;
     v.hidden.hold = v.out.hold = (tensor_hold){0};
-  }
-  else { // its buffers may have moved before it failed
-    *self->batch = (ms_batch){.memory = self->batch->memory};
   }
   core_batch_leave(self);
   result = core_none(state, status, &err);
@@ -461,9 +458,10 @@ static PyObject *batch_group(PyObject *object, PyObject *unused) {
   core_state *state = core_state_of(object);
   if (!enter_gathered(state, self, "group")) return NULL;
   ms_error err;
-  ms_status status;
-  Py_BEGIN_ALLOW_THREADS status = ms_group(self->batch, &err);
-  Py_END_ALLOW_THREADS self->grouped = status == MS_OK;
+  PyThreadState *gil = PyEval_SaveThread();
+  ms_status status = ms_group(self->batch, &err);
+  PyEval_RestoreThread(gil);
+  self->grouped = status == MS_OK;
   leave_gathered(self);
   return core_none(state, status, &err);
 }
@@ -492,10 +490,11 @@ static PyObject *batch_ffn(PyObject *object, PyObject *experts) {
   if (!enter_gathered(state, self, "ffn")) goto done;
   if (self->grouped) {
     ms_error err;
-    ms_status status;
-    Py_BEGIN_ALLOW_THREADS status =
+    PyThreadState *gil = PyEval_SaveThread();
+    ms_status status =
         ms_ffn(self->batch, ((experts_object *)experts)->experts, pool->threads, &err);
-    Py_END_ALLOW_THREADS result = core_none(state, status, &err);
+    PyEval_RestoreThread(gil);
+    result = core_none(state, status, &err);
   } else {
     core_fail(state, MS_EINVAL, "ffn: nothing was grouped since the last gather");
   }
@@ -555,9 +554,10 @@ static PyObject *batch_combine_choices(PyObject *object, PyObject *unused) {
   PyObject *array = NULL;
   if (!enter_gathered_from(state, self, "combine_choices")) goto done;
   ms_error err;
-  ms_status status;
-  Py_BEGIN_ALLOW_THREADS status = ms_combine_choices(self->batch, pool->threads, &err);
-  Py_END_ALLOW_THREADS array = status == MS_OK ? lease_partial(self) : core_raise(state, &err);
+  PyThreadState *gil = PyEval_SaveThread();
+  ms_status status = ms_combine_choices(self->batch, pool->threads, &err);
+  PyEval_RestoreThread(gil);
+  array = status == MS_OK ? lease_partial(self) : core_raise(state, &err);
   leave_gathered(self);
 done:
   core_pool_give_back(state, pool);
@@ -588,10 +588,10 @@ static PyObject *combine_ranks(core_state *state, batch_object *self, core_pool 
     data[r] = views[r].data;
   }
   ms_error err;
-  ms_status status;
-  Py_BEGIN_ALLOW_THREADS status =
-      ms_combine_ranks(self->batch, data, (int32_t)count, pool->threads, &err);
-  Py_END_ALLOW_THREADS return core_none(state, status, &err);
+  PyThreadState *gil = PyEval_SaveThread();
+  ms_status status = ms_combine_ranks(self->batch, data, (int32_t)count, pool->threads, &err);
+  PyEval_RestoreThread(gil);
+  return core_none(state, status, &err);
 }
 
 PyDoc_STRVAR(combine_ranks_doc, "combine_ranks($self, parts, /)\n--\n\n"
@@ -682,9 +682,9 @@ static PyObject *batch_rows(PyObject *object, PyObject *unused) {
   if (array) {
     char *to = array_data(array);
     size_t bytes = (size_t)(b->D * ms_dtype_size(b->dtype));
-    Py_BEGIN_ALLOW_THREADS for (int64_t i = 0; i < b->N; i++, to += bytes)
-        memcpy(to, b->row[i], bytes);
-    Py_END_ALLOW_THREADS
+    PyThreadState *gil = PyEval_SaveThread();
+    for (int64_t i = 0; i < b->N; i++, to += bytes) memcpy(to, b->row[i], bytes);
+    PyEval_RestoreThread(gil);
   }
   leave_gathered(self);
   return array;

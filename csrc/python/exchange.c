@@ -83,9 +83,10 @@ static PyObject *exchange_gather(PyObject *object, PyObject *batch) {
   core_batch_forget_gather(b, &debts);
   b->grouped = false;
   ms_error err;
-  ms_status status;
-  Py_BEGIN_ALLOW_THREADS status = ms_gather(b->batch, self->exchange, &err);
-  Py_END_ALLOW_THREADS self->turn++;
+  PyThreadState *gil = PyEval_SaveThread();
+  ms_status status = ms_gather(b->batch, self->exchange, &err);
+  PyEval_RestoreThread(gil);
+  self->turn++;
   if (status == MS_OK) {
     b->gathered = true;
     b->exchange = (exchange_object *)Py_NewRef(object);
@@ -121,9 +122,10 @@ static PyObject *exchange_combine(PyObject *object, PyObject *batch) {
   batch_object *b = (batch_object *)batch;
   if (b->gathered && b->exchange == self && b->turn == self->turn) {
     ms_error err;
-    ms_status status;
-    Py_BEGIN_ALLOW_THREADS status = ms_combine(b->batch, self->exchange, pool->threads, &err);
-    Py_END_ALLOW_THREADS self->turn++;
+    PyThreadState *gil = PyEval_SaveThread();
+    ms_status status = ms_combine(b->batch, self->exchange, pool->threads, &err);
+    PyEval_RestoreThread(gil);
+    self->turn++;
     core_batch_forget_route(b, &debts);
     result = core_none(state, status, &err);
   } else {
@@ -159,9 +161,10 @@ static PyObject *exchange_refuse(PyObject *object, PyObject *message) {
   if (enter_open(state, self)) {
     const char *text = PyBytes_AsString(bytes);
     ms_error err;
-    ms_status status;
-    Py_BEGIN_ALLOW_THREADS status = ms_exchange_refuse(self->exchange, text, &err);
-    Py_END_ALLOW_THREADS self->turn++;
+    PyThreadState *gil = PyEval_SaveThread();
+    ms_status status = ms_exchange_refuse(self->exchange, text, &err);
+    PyEval_RestoreThread(gil);
+    self->turn++;
     core_exchange_leave(self);
     result = core_none(state, status, &err);
   }
@@ -182,8 +185,10 @@ static PyObject *exchange_close(PyObject *object, PyObject *unused) {
   ms_exchange *exchange = self->exchange;
   self->exchange = NULL;
   self->turn++;
-  Py_BEGIN_ALLOW_THREADS ms_exchange_free(exchange);
-  Py_END_ALLOW_THREADS core_exchange_leave(self);
+  PyThreadState *gil = PyEval_SaveThread();
+  ms_exchange_free(exchange);
+  PyEval_RestoreThread(gil);
+  core_exchange_leave(self);
   Py_RETURN_NONE;
 }
 
@@ -301,10 +306,10 @@ static PyObject *exchange_shm(PyObject *module, PyObject *args, PyObject *kwargs
   if (!core_int32(state, "rank", rank, &me) || !core_int32(state, "ranks", ranks, &R)) return NULL;
   ms_exchange *exchange = NULL;
   ms_error err;
-  ms_status status;
-  Py_BEGIN_ALLOW_THREADS status =
-      ms_exchange_shm(name, me, R, timeout, poll_signals, NULL, &exchange, &err);
-  Py_END_ALLOW_THREADS return finish(state, status, &err, exchange, "shm");
+  PyThreadState *gil = PyEval_SaveThread();
+  ms_status status = ms_exchange_shm(name, me, R, timeout, poll_signals, NULL, &exchange, &err);
+  PyEval_RestoreThread(gil);
+  return finish(state, status, &err, exchange, "shm");
 }
 
 static PyMethodDef functions[] = {{"exchange_one", exchange_one, METH_NOARGS, one_doc},

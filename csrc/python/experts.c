@@ -178,11 +178,11 @@ static PyObject *experts_pack(PyObject *self, PyObject *args, PyObject *kwargs) 
                   : views[B_OUT].data ? views[B_OUT].type
                                       : MS_F32;
   ms_error err;
-  ms_status status;
-  Py_BEGIN_ALLOW_THREADS status =
-      ms_experts_pack(((experts_object *)self)->experts, e, first, count, &w_in, &w_out,
-                      views[B_IN].data, views[B_OUT].data, bias, &err);
-  Py_END_ALLOW_THREADS result = core_none(state, status, &err);
+  PyThreadState *gil = PyEval_SaveThread();
+  ms_status status = ms_experts_pack(((experts_object *)self)->experts, e, first, count, &w_in,
+                                     &w_out, views[B_IN].data, views[B_OUT].data, bias, &err);
+  PyEval_RestoreThread(gil);
+  result = core_none(state, status, &err);
 done:
   close_views(views);
   return result;
@@ -264,12 +264,13 @@ static PyObject *experts_unpack(PyObject *self, PyObject *args, PyObject *kwargs
   PyObject *result = NULL;
   if (take_destinations(state, spec, (int32_t)expert, tensors, views)) goto done;
   ms_error err;
-  ms_status status;
-  Py_BEGIN_ALLOW_THREADS if (views[B_OUT].data)
-      memset(views[B_OUT].data, 0, (size_t)spec->D * sizeof(float));
-  status = ms_experts_unpack(((experts_object *)self)->experts, (int32_t)expert, views[W_IN].data,
-                             views[W_OUT].data, views[B_IN].data, views[B_OUT].data, &err);
-  Py_END_ALLOW_THREADS result = core_none(state, status, &err);
+  PyThreadState *gil = PyEval_SaveThread();
+  if (views[B_OUT].data) memset(views[B_OUT].data, 0, (size_t)spec->D * sizeof(float));
+  ms_status status =
+      ms_experts_unpack(((experts_object *)self)->experts, (int32_t)expert, views[W_IN].data,
+                        views[W_OUT].data, views[B_IN].data, views[B_OUT].data, &err);
+  PyEval_RestoreThread(gil);
+  result = core_none(state, status, &err);
 done:
   close_views(views);
   return result;

@@ -72,10 +72,10 @@ static PyObject *plan_shard(PyObject *module, PyObject *args, PyObject *kwargs) 
   }
   ms_plan plan;
   ms_error err;
-  ms_status status;
-  Py_BEGIN_ALLOW_THREADS status =
-      ms_plan_shard(s.R, s.E, s.F, array ? PyArray_DATA(array) : NULL, &plan, &err);
-  Py_END_ALLOW_THREADS Py_XDECREF((PyObject *)array);
+  PyThreadState *gil = PyEval_SaveThread();
+  ms_status status = ms_plan_shard(s.R, s.E, s.F, array ? PyArray_DATA(array) : NULL, &plan, &err);
+  PyEval_RestoreThread(gil);
+  Py_XDECREF((PyObject *)array);
   return finish(state, status, &plan, &err);
 }
 
@@ -111,9 +111,10 @@ static PyObject *plan_expert_parallel(PyObject *module, PyObject *args, PyObject
   if (owner != Py_None && !(owners = array_take_int32(state, owner, "owner", s.E))) return NULL;
   ms_plan plan;
   ms_error err;
-  ms_status status;
-  Py_BEGIN_ALLOW_THREADS status = ms_plan_expert_parallel(s.R, s.E, s.F, owners, &plan, &err);
-  Py_END_ALLOW_THREADS free(owners);
+  PyThreadState *gil = PyEval_SaveThread();
+  ms_status status = ms_plan_expert_parallel(s.R, s.E, s.F, owners, &plan, &err);
+  PyEval_RestoreThread(gil);
+  free(owners);
   return finish(state, status, &plan, &err);
 }
 
@@ -148,9 +149,10 @@ static PyObject *plan_hybrid(PyObject *module, PyObject *args, PyObject *kwargs)
     return NULL;
   ms_plan plan;
   ms_error err;
-  ms_status status;
-  Py_BEGIN_ALLOW_THREADS status = ms_plan_hybrid(s.R, s.E, s.F, members, &plan, &err);
-  Py_END_ALLOW_THREADS return finish(state, status, &plan, &err);
+  PyThreadState *gil = PyEval_SaveThread();
+  ms_status status = ms_plan_hybrid(s.R, s.E, s.F, members, &plan, &err);
+  PyEval_RestoreThread(gil);
+  return finish(state, status, &plan, &err);
 }
 
 // A table from Python, borrowed from `columns`; copies are freed with free. -1 with an exception set.
@@ -202,14 +204,15 @@ static PyObject *plan_check(PyObject *module, PyObject *args, PyObject *kwargs) 
   long long F;
   ms_plan plan;
   ms_error err;
-  ms_status status;
   if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OL|O:plan_check", names, &table, &F, &copies))
     return NULL;
   if (F < 1) return core_fail(state, MS_EINVAL, "d_ff: got %lld, expected at least 1", F);
   if (take_plan(state, table, copies, &columns, &plan)) return NULL;
   plan.F = F;
-  Py_BEGIN_ALLOW_THREADS status = ms_plan_check(&plan, &err);
-  Py_END_ALLOW_THREADS free(plan.copies);
+  PyThreadState *gil = PyEval_SaveThread();
+  ms_status status = ms_plan_check(&plan, &err);
+  PyEval_RestoreThread(gil);
+  free(plan.copies);
   Py_DECREF(columns);
   return core_none(state, status, &err);
 }

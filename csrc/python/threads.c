@@ -38,8 +38,10 @@ void core_pool_give_back(core_state *state, core_pool *pool) {
   bool last = --pool->users == 0;
   pthread_mutex_unlock(&state->lock);
   if (!last) return;
-  Py_BEGIN_ALLOW_THREADS ms_threads_free(pool->threads);
-  Py_END_ALLOW_THREADS free(pool);
+  PyThreadState *gil = PyEval_SaveThread();
+  ms_threads_free(pool->threads);
+  PyEval_RestoreThread(gil);
+  free(pool);
 }
 
 // Put `pool` (NULL: nothing) in the place of the current one.
