@@ -275,7 +275,7 @@ def test_a_table_of_an_unknown_version_is_passed_by():
     assert _core.tensor_info(kind(floats(2)))[0] == (2,)
 
 
-@given(st.lists(st.tuples(st.integers(0, 4), st.integers(-3, 3).filter(bool)), max_size=5), st.randoms())
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(-3, 3).filter(bool)), min_size=1, max_size=5), st.randoms())
 def test_contiguous_means_what_numpy_means(dims, random):
     array = np.zeros([size * abs(step) for size, step in dims], np.float32)[
         tuple(slice(None, None, s) for _, s in dims)
