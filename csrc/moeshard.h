@@ -292,7 +292,9 @@ ms_status ms_header_check(const ms_header *headers, int32_t R, ms_error *err);
 //   hidden  [T, D] dtype, contiguous (borrowed until ms_combine returns)
 //   index   [T, K] index_dtype (MS_I32 or MS_I64), contiguous; -1 = no expert; copied
 //   weight  [T, K] weight_dtype (MS_F32, MS_BF16, MS_F16), contiguous; copied
-//   out     [T, D] dtype, contiguous, not overlapping hidden; NULL: only gather is wanted
+//   out     [T, D] dtype, contiguous, not overlapping hidden; NULL: only gather is wanted (so a rank
+//           without tokens passes some address if the others pass an out)
+// A route that fails leaves the batch empty.
 // Cost: O(T*K); allocates only when the shape grows.
 // Errors: MS_EINVAL; MS_EDTYPE; MS_ERANGE an index outside -1..E-1 or a weight that is not finite
 // (says token, choice and value; the weight of a -1 slot is not looked at).
