@@ -690,6 +690,14 @@ static PyObject *batch_rows(PyObject *object, PyObject *unused) {
   return array;
 }
 
+// [n] int64: the lengths of n consecutive ranges, from their n + 1 limits.
+static PyObject *lengths(const int64_t *limits, int64_t n) {
+  PyObject *array = array_new(NPY_INT64, 1, n, 0);
+  for (int64_t i = 0; array && i < n; i++)
+    ((int64_t *)array_data(array))[i] = limits[i + 1] - limits[i];
+  return array;
+}
+
 PyDoc_STRVAR(counts_doc, "counts($self, /)\n--\n\n"
                          "How many (token, choice) slots of all ranks each expert has.\n\n"
                          "Returns:\n"
@@ -706,9 +714,8 @@ static PyObject *batch_counts(PyObject *object, PyObject *unused) {
   PyObject *array = NULL;
   if (!self->grouped)
     core_fail(state, MS_EINVAL, "counts: nothing was grouped since the last gather");
-  else if ((array = array_new(NPY_INT64, 1, b->E, 0)))
-    for (int32_t e = 0; e < b->E; e++)
-      ((int64_t *)array_data(array))[e] = b->offset[e + 1] - b->offset[e];
+  else
+    array = lengths(b->offset, b->E);
   core_batch_leave(self);
   return array;
 }
@@ -722,9 +729,8 @@ static PyObject *get_tokens_per_rank(PyObject *object, void *unused) {
   PyObject *array = NULL;
   if (b->R < 1)
     core_fail(state, MS_EINVAL, "tokens_per_rank: nothing was gathered since the last route");
-  else if ((array = array_new(NPY_INT64, 1, b->R, 0)))
-    for (int32_t r = 0; r < b->R; r++)
-      ((int64_t *)array_data(array))[r] = b->first[r + 1] - b->first[r];
+  else
+    array = lengths(b->first, b->R);
   core_batch_leave(self);
   return array;
 }
