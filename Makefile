@@ -77,10 +77,11 @@ test-old: build ## the Switch tests with transformers 4.57
 # The C core without Python, under sanitizers. Every tests/c/test_*.c is a program; it fails by its exit code.
 WARNINGS := -Wall -Wextra -Wshadow -Wconversion -Werror
 C_TESTS := $(wildcard tests/c/test_*.c)
-ISAS_x86_64 := generic avx2 avx512
+ISAS_x86_64 := generic avx2 avx512 avx512bf16
 ISAS := $(or $(ISAS_$(shell uname -m)),generic)
 FLAGS_avx2 := -mavx2 -mfma -mf16c
 FLAGS_avx512 := $(FLAGS_avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl
+FLAGS_avx512bf16 := $(FLAGS_avx512) -mavx512bf16
 FLAGS_asan := -fsanitize=address,undefined -fno-sanitize-recover=all
 FLAGS_tsan := -fsanitize=thread -Wno-unused-function# tests that fork are left out
 # Without address randomisation: the thread sanitizer of gcc 12 cannot place its memory otherwise.
@@ -115,7 +116,8 @@ lint: build build/analyzer.h ## ruff, mypy, clang-format, gcc's warnings and ana
 	gcc -std=gnu11 -fsyntax-only -O2 $(WARNINGS) $(BINDING) -Icsrc $$($(PY) -c 'import numpy, sysconfig; \
 	  print("-isystem", sysconfig.get_path("include"), "-isystem", numpy.get_include())')
 	for isa in $(ISAS); do \
-	  flags=; case $$isa in avx2) flags="$(FLAGS_avx2)";; avx512) flags="$(FLAGS_avx512)";; esac; \
+	  case $$isa in avx2) flags="$(FLAGS_avx2)";; avx512) flags="$(FLAGS_avx512)";; \
+	    avx512bf16) flags="$(FLAGS_avx512bf16)";; *) flags=;; esac; \
 	  gcc -std=gnu11 -fsyntax-only -O2 $(WARNINGS) $$flags -DMS_ISA=$$isa $(KERNELS); done
 	for file in $(filter-out csrc/base/error.c,$(CORE)); do \
 	  gcc -std=gnu11 -O1 -fanalyzer -Werror -D_GNU_SOURCE= -Icsrc -include build/analyzer.h -c $$file -o /dev/null; done

@@ -40,6 +40,7 @@ if platform.machine() in ("x86_64", "AMD64"):
         "-mavx512vl",
         "-mprefer-vector-width=512",
     ]
+    ISAS["avx512bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
 
 # The stable ABI of CPython 3.11 serves every later one, except free-threaded builds, which have none before 3.15.
 ABI3 = not sysconfig.get_config_var("Py_GIL_DISABLED")

@@ -92,7 +92,7 @@ typedef enum ms_activation {
   MS_ACTIVATION_COUNT
 } ms_activation;
 
-// The instruction set the kernels of this process use: "avx512", "avx2" or "generic". Chosen once
+// The instruction set the kernels of this process use: "avx512bf16", "avx512", "avx2" or "generic". Chosen once
 // from CPU features; MOESHARD_ISA forces one (tests).
 // Cost: O(1). Errors: MS_EINVAL if MOESHARD_ISA names one that does not exist or that this CPU lacks.
 ms_status ms_isa(const char **name, ms_error *err);
@@ -113,6 +113,16 @@ int32_t ms_threads_count(const ms_threads *threads); // 1 for NULL
 // Cost: no allocation; about 1 us when the workers are awake, a futex wake when they sleep.
 typedef void ms_work(void *context, int64_t unit, int32_t thread);
 void ms_threads_run(ms_threads *threads, int64_t units, ms_work *work, void *context);
+
+// What this machine can do at most with these threads: what measured times are held against.
+typedef struct ms_machine {
+  double
+      flops; // fp32 multiply-adds of the instruction set in use, flops per second, registers only
+  double dot_flops; // bf16 dot products, flops per second; 0 without the instruction
+  double bytes;     // bytes per second read from memory, in as many streams as the kernels read
+} ms_machine;
+// Cost: about `seconds`, at least 0.1 s, and 256 MiB while it runs. Errors: MS_EINVAL seconds outside 0..60; MS_ENOMEM.
+ms_status ms_machine_measure(ms_threads *threads, double seconds, ms_machine *out, ms_error *err);
 
 // ---- chapter P: plan ----------------------------------------------------------------------------
 // A layout is a table: columns[r][e] = [start, stop), the hidden columns of expert e that rank r

@@ -19,7 +19,7 @@ def machine() -> dict[str, str | int]:
         ``cpu`` (name), ``cores`` (that this process may use), ``memory_bytes``, ``isa`` (of the kernels), ``system``.
 
     Example:
-        >>> machine()["isa"] in ("avx512", "avx2", "generic")
+        >>> machine()["isa"] in ("avx512bf16", "avx512", "avx2", "generic")
         True
     """
     return {

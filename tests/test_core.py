@@ -161,7 +161,7 @@ def test_the_best_instruction_set_is_the_default():
 
 def test_an_unknown_instruction_set_is_an_error():
     result = python("_core.isa()", MOESHARD_ISA="mmx")
-    assert "moeshard.ArgumentError: MOESHARD_ISA=mmx: expected avx512, avx2 or generic" in result.stderr
+    assert "moeshard.ArgumentError: MOESHARD_ISA=mmx: expected avx512bf16, avx512, avx2 or generic" in result.stderr
 
 
 # ---- threads -----------------------------------------------------------------------------------------
@@ -339,3 +339,15 @@ def test_copies_are_counted():
 def test_a_bad_plan_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_machine_limits_are_rates_that_this_cpu_can_have() -> None:
+    flops, dot_flops, read = _core.measure_machine(0.0)
+    assert 1e8 < flops < 1e15 and 1e8 < read < 1e14
+    assert (dot_flops > 0) == (_core.isa() == "avx512bf16")
+
+
+@pytest.mark.parametrize("seconds", [-1.0, 61.0, float("nan")])
+def test_machine_limits_refuse_a_time_out_of_range(seconds: float) -> None:
+    with pytest.raises(moeshard.ArgumentError, match="seconds: got"):
+        _core.measure_machine(seconds)

@@ -11,7 +11,7 @@ typedef struct isa_entry {
   bool usable;
 } isa_entry;
 
-enum { ISA_MAX = 3 };
+enum { ISA_MAX = 4 };
 
 // Best first.
 static int32_t list_isas(isa_entry entries[ISA_MAX]) {
@@ -22,6 +22,8 @@ static int32_t list_isas(isa_entry entries[ISA_MAX]) {
               __builtin_cpu_supports("f16c");
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  entries[n++] = (isa_entry){"avx512bf16", &ms_kernels_avx512bf16, bf16};
   entries[n++] = (isa_entry){"avx512", &ms_kernels_avx512, avx512};
   entries[n++] = (isa_entry){"avx2", &ms_kernels_avx2, avx2};
 #endif
@@ -41,7 +43,7 @@ static ms_status choose(const ms_kernels **out, ms_error *err) {
     *out = entries[i].kernels;
     return MS_OK;
   }
-  return ms_fail(err, MS_EINVAL, "MOESHARD_ISA=%s: expected avx512, avx2 or generic",
+  return ms_fail(err, MS_EINVAL, "MOESHARD_ISA=%s: expected avx512bf16, avx512, avx2 or generic",
                  wanted ? wanted : "");
 }
 

@@ -50,9 +50,15 @@ typedef struct ms_kernels {
   void (*widen_f16)(const uint16_t *x, float *out, int64_t n);
   void (*narrow_bf16)(const float *x, uint16_t *out, int64_t n); // to nearest even, NaN stays NaN
   void (*narrow_f16)(const float *x, uint16_t *out, int64_t n);
+  // The limits (machine.c). peak: `rounds` rounds in registers only; returns the flops of one round. peak_dot is NULL
+  // without a bf16 dot product. read: all `bytes` (a multiple of 4 KiB), in as many streams as a tile has panels.
+  int64_t (*peak_fma)(int64_t rounds);
+  int64_t (*peak_dot)(int64_t rounds);
+  void (*read)(const void *data, int64_t bytes);
 } ms_kernels;
 
-extern const ms_kernels ms_kernels_generic, ms_kernels_avx2, ms_kernels_avx512;
+extern const ms_kernels ms_kernels_generic, ms_kernels_avx2, ms_kernels_avx512,
+    ms_kernels_avx512bf16;
 
 // The table of this process (see ms_isa). Never fails after ms_isa has succeeded once.
 const ms_kernels *ms_kernels_get(void);

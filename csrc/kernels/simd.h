@@ -38,6 +38,13 @@ INLINE vf v_select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~ma
 INLINE vf v_low_bf16(vu words) { return (vf)(words << 16); }
 INLINE vf v_high_bf16(vu words) { return (vf)(words & 0xffff0000u); }
 
+#if defined(__AVX512BF16__)
+// c[i] += a[2i] * b[2i] + a[2i+1] * b[2i+1], both bf16; fp32 sum, subnormals count as zero.
+INLINE vf v_dot_bf16(vf c, vu a, vu b) {
+  return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+}
+#endif
+
 // float16 -> float32 without hardware: shift exponent and mantissa into place, scale by 2^112 to move the bias
 // (exact, also for subnormals), put infinities and NaN back.
 INLINE float widen_f16_bits(uint16_t h) {

@@ -76,7 +76,8 @@ void core_pool_drop(core_state *state) { pool_replace(state, NULL); }
 PyDoc_STRVAR(
     isa_doc,
     "isa($module, /)\n--\n\n"
-    "The instruction set that the kernels of this process use: 'avx512', 'avx2' or 'generic'.\n\n"
+    "The instruction set that the kernels of this process use: 'avx512bf16', 'avx512', 'avx2' or "
+    "'generic'.\n\n"
     "The best one of this CPU, or what the environment variable MOESHARD_ISA says.\n\n"
     "Raises:\n"
     "    ArgumentError: MOESHARD_ISA names one that does not exist or that this CPU lacks.\n");
@@ -138,10 +139,41 @@ static PyObject *get_num_threads(PyObject *module, PyObject *unused) {
   return PyLong_FromLong(((core_state *)PyModule_GetState(module))->threads);
 }
 
+PyDoc_STRVAR(
+    measure_doc,
+    "measure_machine($module, seconds=0.2, /)\n--\n\n"
+    "What this machine can do at most with the current threads: what measured times are held "
+    "against.\n\n"
+    "Args:\n"
+    "    seconds: how long to measure; at least 0.1 s are used, and 256 MiB of memory.\n\n"
+    "Returns:\n"
+    "    (flops, dot_flops, bytes), each per second: fp32 multiply-adds in registers, bf16 dot "
+    "products (0 without the\n"
+    "    instruction), reads from memory.\n\n"
+    "Raises:\n"
+    "    ArgumentError: seconds outside 0 to 60.\n");
+
+static PyObject *measure_machine(PyObject *module, PyObject *args) {
+  core_state *state = PyModule_GetState(module);
+  double seconds = 0.2;
+  if (!PyArg_ParseTuple(args, "|d:measure_machine", &seconds)) return NULL;
+  core_pool *pool = core_pool_take(state);
+  if (!pool) return NULL;
+  ms_machine machine;
+  ms_error err;
+  PyThreadState *gil = PyEval_SaveThread();
+  ms_status status = ms_machine_measure(pool->threads, seconds, &machine, &err);
+  PyEval_RestoreThread(gil);
+  core_pool_give_back(state, pool);
+  if (status != MS_OK) return core_raise(state, &err);
+  return Py_BuildValue("ddd", machine.flops, machine.dot_flops, machine.bytes);
+}
+
 static PyMethodDef functions[] = {{"isa", isa, METH_NOARGS, isa_doc},
                                   {"isa_available", isa_available, METH_NOARGS, isa_available_doc},
                                   {"set_num_threads", set_num_threads, METH_O, set_doc},
                                   {"get_num_threads", get_num_threads, METH_NOARGS, get_doc},
+                                  {"measure_machine", measure_machine, METH_VARARGS, measure_doc},
                                   {0}};
 
 int core_add_threads(PyObject *module, core_state *state) {
