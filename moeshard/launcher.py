@@ -11,6 +11,7 @@ this process died of.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pickle
 import secrets
@@ -19,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Pipe
@@ -299,8 +301,19 @@ def dumps(value: object) -> bytes:
         import cloudpickle  # type: ignore[import-untyped]
     except ImportError:
         return _plain_dumps(value)
+
+    class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
+        def reducer_override(self, obj: object) -> Any:
+            # Since 3.1.3 code forgets its file: keep it, so that a rank's traceback shows lines of source.
+            if not isinstance(obj, types.CodeType):
+                return super().reducer_override(obj)
+            make, parts = self.dispatch_table[types.CodeType](obj)
+            return make, tuple(obj.co_filename if part == "<dynamic-code>" else part for part in parts)
+
+    buffer = io.BytesIO()
     try:
-        return bytes(cloudpickle.dumps(value))
+        Pickler(buffer).dump(value)
+        return buffer.getvalue()
     except Exception as error:
         raise _core.ArgumentError(f"run: cannot be sent between processes: {error}") from error
 
