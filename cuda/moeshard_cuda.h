@@ -1,0 +1,202 @@
+// moeshard_cuda.h - THE MAP of the CUDA engine: the same five steps as csrc/moeshard.h, on a stream.
+//
+//   experts    this rank's columns on the device (once per model)              experts.c
+//   shape      everything that launches and memory depend on, in plain C      shape.c
+//   gather     header, tokens and choices into one message; all-gather        step2_gather.cuh, exchange/
+//   group      stable sort of the slots by expert, and the table of tiles     step3_group.cuh
+//   ffn        up (matrix 1, bias, activation, gate), down (matrix 2, weight) step4_ffn*.cuh
+//   combine    sum of the choices; reduce-scatter; rounding to out            step5_combine.cuh
+//
+// A layer is at most 6 kernel launches and 2 collectives, whatever E and the routing are, with no host
+// synchronisation, no allocation and no copy to the host in the steady state; it can be captured in a graph.
+// Launch shapes and memory depend on (T, K, D, F, E, R, dtype) only. Where a token goes is decided on the device.
+//
+// Plain C: this header is read by .c, .cu and .cuh files. Dims are those of csrc/moeshard.h.
+// Pointers named *device in comments are device memory; a stream is a cudaStream_t passed as void *.
+//
+// SPDX-License-Identifier: Apache-2.0
+#ifndef MOESHARD_CUDA_H
+#define MOESHARD_CUDA_H
+
+#include "../csrc/moeshard.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// ---- experts: this rank's columns on the device ------------------------------------------------
+// nn.Linear layout, K contiguous, which is what the tensor cores' column operand wants: nothing is repacked, rows are
+// only padded with zeros to 16 bytes, so that every row can be read by 16-byte copies.
+
+typedef struct ms_cuda_expert { // one entry of the device's table
+  const void *w_in;             // [width, ld_in] (gated [2 * width, ld_in], gate rows first)
+  const void *w_out;            // [D, ld_out]: D rows of `width` columns
+  const float *b_in;            // [width] ([2 * width]) or NULL
+  const float *b_out;           // [D] or NULL (and NULL on ranks that do not hold column 0)
+  int32_t width;                // Fr of this expert, may be 0
+  int32_t ld_out;               // elements from row to row of w_out: width rounded up to 16 bytes
+} ms_cuda_expert;
+
+typedef struct ms_cuda_experts {
+  ms_experts_spec spec;         // columns: owned copy
+  int32_t device;               // the CUDA device's number
+  int64_t max_width;            // largest width of an expert
+  int64_t ld_in;                // elements from row to row of w_in: D rounded up to 16 bytes
+  int64_t ld_h;                 // elements from row to row of H: max_width rounded up to 16 bytes
+  ms_cuda_expert *table;        // [E] host copy, device pointers inside
+  const ms_cuda_expert *device_table; // [E] device
+  void *data;                   // device: one allocation for all
+  int64_t bytes;
+} ms_cuda_experts;
+
+// Cost: one cudaMalloc of the slices' bytes, zeroed. Errors: MS_EINVAL, MS_EDTYPE, MS_ENOMEM, MS_ECUDA.
+ms_status ms_cuda_experts_create(const ms_experts_spec *spec, int32_t device, ms_cuda_experts **out,
+                                 ms_error *err);
+void ms_cuda_experts_free(ms_cuda_experts *experts); // NULL is legal
+
+// As ms_experts_pack; sources may be host or device memory, with unit stride along one dimension.
+// Sources of another dtype than the storage are converted on the device. Returns when the sources may be freed.
+ms_status ms_cuda_experts_pack(ms_cuda_experts *experts, int32_t e, int64_t first, int64_t count,
+                               const ms_matrix *w_in, const ms_matrix *w_out, const void *b_in,
+                               const void *b_out, ms_dtype bias, void *stream, ms_error *err);
+// As ms_experts_unpack; destinations are device or host memory.
+ms_status ms_cuda_experts_unpack(const ms_cuda_experts *experts, int32_t e, void *w_in, void *w_out,
+                                 float *b_in, float *b_out, void *stream, ms_error *err);
+
+// ---- shape: what launches and memory depend on (shape.c, no CUDA header) ------------------------
+
+typedef enum ms_cuda_math { // how matrices are multiplied
+  MS_CUDA_FMA = 0,          // fp32, strict
+  MS_CUDA_TF32,             // fp32 through tf32 tensor cores, only when asked for
+  MS_CUDA_MMA,              // bf16 and fp16, mma.sync
+  MS_CUDA_WGMMA             // bf16 and fp16, wgmma (sm_90a)
+} ms_cuda_math;
+
+// Message of one rank: what the all-gather carries. Sections start at multiples of 256 bytes.
+//   [ms_cuda_header][expert int32 T*K][weight float T*K][hidden T * ld_x]
+typedef struct ms_cuda_header {
+  uint64_t call;
+  int64_t layer, T; // T: tokens that this rank has; rows beyond are absent (expert -1)
+  int32_t D, K, E, dtype, replicated;
+  int32_t fault; // 0, or what this rank's router did wrong: then no rank computes
+  int64_t fault_at;
+} ms_cuda_header;
+
+typedef struct ms_cuda_shape {
+  // given
+  int64_t T;     // rows of each rank in this chunk, alike on all ranks (>= the tokens of any)
+  int32_t R, rank, K, E;
+  int64_t D, F;  // F: max_width of the experts
+  ms_dtype dtype;
+  ms_cuda_math math;
+  bool gated;
+  int32_t sms;      // multiprocessors of the device
+  bool in_place;    // R = 1 and D a whole number of 16 bytes: hidden is read where it lies, not from the message
+  // derived by ms_cuda_shape_plan
+  int64_t N, slots;      // R*T, N*K
+  int64_t ld_x;          // elements from token to token in the message
+  int64_t ld_h;
+  int32_t tile_rows;     // BM of both GEMMs: 16, 64 or 128, from slots / E
+  int32_t max_tiles;     // slots / tile_rows + min(E, slots): what the table of tiles may need
+  int64_t expert_at, weight_at, hidden_at, message_bytes; // message of one rank
+  // workspace: offsets in bytes, each a multiple of 256
+  int64_t messages_at, counts_at, offset_at, order_at, tiles_at, h_at, slot_at, partial_at, flags_at;
+  int64_t workspace_bytes;
+} ms_cuda_shape;
+
+// Cost: O(1). Errors: MS_EINVAL a dimension; MS_ESHAPE slots >= 2^31.
+ms_status ms_cuda_shape_plan(ms_cuda_shape *shape, ms_error *err);
+
+// ---- what the kernels get ------------------------------------------------------------------------
+
+typedef struct ms_cuda_tile { // rows [first, first + rows) of `order`, all of one expert; rows <= tile_rows
+  int32_t expert, first, rows;
+} ms_cuda_tile;
+
+typedef struct ms_cuda_view { // one chunk in the workspace; passed by value to every kernel
+  // gathered
+  const char *hidden;     // token n = r*T + t lies at hidden + r*hidden_stride + t*ld_x*size
+  const char *messages;   // expert and weight of rank r at messages + r*message_bytes + {expert,weight}_at
+  int64_t hidden_stride;  // bytes
+  // group
+  int32_t *counts;        // scratch of group
+  int32_t *offset;        // [E+1]
+  int32_t *order;         // [slots] slot = n*K + j, by expert, stable
+  ms_cuda_tile *tiles;    // [max_tiles]
+  int32_t *tile_count;    // [1]
+  // ffn
+  const ms_cuda_expert *experts;
+  char *h;                // [slots, ld_h] in the order of `order`, dtype
+  float *slot;            // [slots, D] by slot number; K = 1: the same memory as partial
+  // combine
+  float *partial;         // [N, D]
+  int32_t *flags;         // device: faults found (header check, routing range), read by the host at the next call
+} ms_cuda_view;
+
+ms_cuda_view ms_cuda_view_of(const ms_cuda_shape *shape, const ms_cuda_experts *experts, void *workspace,
+                             const void *hidden_in_place);
+
+// ---- the five steps: launchers (.cu), one or two launches each, asynchronous ---------------------
+
+// Write this rank's message: header, expert (int32, range-checked), weight (float, finite-checked), hidden.
+//   hidden [tokens, D]; index [tokens, K] int32 or int64; weight [tokens, K] float32, bfloat16 or float16: device
+ms_status ms_cuda_gather_pack(const ms_cuda_shape *shape, const ms_cuda_header *header, const void *hidden,
+                              const void *index, ms_dtype index_dtype, const void *weight,
+                              ms_dtype weight_dtype, int64_t tokens, void *message, void *stream,
+                              ms_error *err);
+// Check the headers of all ranks, sort the slots, write the table of tiles.
+ms_status ms_cuda_group(const ms_cuda_shape *shape, const ms_cuda_view *view, void *stream, ms_error *err);
+// H = act(X . w_in^T + b_in) (* gate)
+ms_status ms_cuda_ffn_up(const ms_cuda_shape *shape, const ms_cuda_view *view, ms_activation activation,
+                         void *stream, ms_error *err);
+// slot[s] = weight[s] * (H . w_out^T + b_out)
+ms_status ms_cuda_ffn_down(const ms_cuda_shape *shape, const ms_cuda_view *view, void *stream, ms_error *err);
+// R = 1: out[t] = sum of the choices, rounded. R > 1: partial[n] = sum of the choices (0 where there are none).
+ms_status ms_cuda_combine(const ms_cuda_shape *shape, const ms_cuda_view *view, int64_t tokens, void *out,
+                          void *stream, ms_error *err);
+// R > 1, 16-bit dtypes: round this rank's reduced float rows to out.
+ms_status ms_cuda_combine_round(const ms_cuda_shape *shape, const float *reduced, int64_t tokens, void *out,
+                                void *stream, ms_error *err);
+
+// ---- exchange: what carries messages between devices ---------------------------------------------
+
+typedef struct ms_cuda_exchange ms_cuda_exchange;
+struct ms_cuda_exchange { // filled in by exchange/nccl.c
+  int32_t rank, R, device;
+  // Asynchronous on `stream`. bytes is per rank; count is floats per rank.
+  ms_status (*all_gather)(ms_cuda_exchange *, const void *send, void *receive, int64_t bytes, void *stream,
+                          ms_error *err);
+  ms_status (*reduce_scatter)(ms_cuda_exchange *, const float *send, float *receive, int64_t count,
+                              void *stream, ms_error *err);
+  ms_status (*check)(ms_cuda_exchange *, ms_error *err); // asynchronous errors so far; costs no synchronisation
+  void (*free)(ms_cuda_exchange *);
+};
+
+// ---- the layer: chunks of the five steps on two streams (engine.c) -------------------------------
+
+typedef struct ms_cuda_engine ms_cuda_engine; // workspace, streams, events, call number; one per device and group
+
+ms_status ms_cuda_engine_create(ms_cuda_exchange *exchange_or_null, int32_t device, int32_t chunks,
+                                ms_cuda_engine **out, ms_error *err);
+void ms_cuda_engine_free(ms_cuda_engine *engine);
+
+typedef struct ms_cuda_call {
+  const void *hidden, *index, *weight; // device, contiguous, as ms_route's
+  void *out;
+  ms_dtype dtype, index_dtype, weight_dtype;
+  int64_t tokens, capacity; // capacity: rows to reserve per rank, alike on all ranks, >= tokens of any (R = 1: tokens)
+  int32_t K;
+  int64_t layer;
+  bool tf32;
+} ms_cuda_call;
+
+// Enqueue a whole layer on `stream`. Faults of an earlier call (routing out of range, ranks that disagree) are raised
+// here, by the first call after the device found them; ms_cuda_engine_faults waits and raises them at once.
+ms_status ms_cuda_forward(ms_cuda_engine *engine, const ms_cuda_experts *experts, const ms_cuda_call *call,
+                          void *stream, ms_error *err);
+ms_status ms_cuda_engine_faults(ms_cuda_engine *engine, ms_error *err);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
