@@ -58,8 +58,9 @@ static ms_status cuda_failed(ms_error *err, const char *call, cudaError_t error)
 
 static ms_status nccl_failed(const nccl_library *nccl, nccl_comm comm, const char *call, int result, ms_error *err) {
   const char *more = nccl->get_last_error(comm);
-  return ms_fail(err, result == NCCL_REMOTE_ERROR ? MS_ELOST : MS_ECOMM, "%s: %s (%d)%s%s", call,
-                 nccl->get_error_string(result), result, more && *more ? ": " : "", more ? more : "");
+  ms_status code = result == NCCL_REMOTE_ERROR ? MS_ELOST : result == NCCL_TIMEOUT ? MS_ETIMEOUT : MS_ECOMM;
+  return ms_fail(err, code, "%s: %s (%d)%s%s", call, nccl->get_error_string(result), result,
+                 more && *more ? ": " : "", more ? more : "");
 }
 
 // Abort the communicator for the reason in err, which every later call gets too. Locked.

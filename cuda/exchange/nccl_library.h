@@ -1,5 +1,5 @@
 // nccl_library.h - NCCL as this project uses it: our own list of its functions, filled in from a library that is found
-// at run time. NVIDIA's nccl.h is not needed to build; tests/cuda/test_nccl.py holds the list against it where it is.
+// at run time. NVIDIA's nccl.h is not needed to build; where it is installed, tests/cuda/test_nccl.py compares.
 //
 // SPDX-License-Identifier: Apache-2.0
 #ifndef MS_NCCL_LIBRARY_H
@@ -14,9 +14,9 @@ typedef struct nccl_id { // travels by value in ncclCommInitRankConfig
   char bytes[MS_NCCL_ID_BYTES];
 } nccl_id;
 
-enum { NCCL_SUCCESS = 0, NCCL_REMOTE_ERROR = 6, NCCL_IN_PROGRESS = 7 }; // of ncclResult_t
-enum { NCCL_UINT8 = 1, NCCL_FLOAT32 = 7 };                             // of ncclDataType_t
-enum { NCCL_SUM = 0 };                                                 // of ncclRedOp_t
+enum { NCCL_SUCCESS = 0, NCCL_REMOTE_ERROR = 6, NCCL_IN_PROGRESS = 7, NCCL_TIMEOUT = 8 }; // of ncclResult_t
+enum { NCCL_UINT8 = 1, NCCL_FLOAT32 = 7 }; // of ncclDataType_t
+enum { NCCL_SUM = 0 }; // of ncclRedOp_t
 
 // ncclConfig_t as of 2.18. Newer libraries read `size` and `version` and take their defaults for what came later.
 typedef struct nccl_config {
