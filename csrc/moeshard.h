@@ -58,6 +58,7 @@ typedef enum ms_status {
   MS_ETIMEOUT,  // a rank did not arrive in time                  -> CommTimeout(CommError)
   MS_EMISMATCH, // ranks disagree about the call                  -> RankMismatch(CommError)
   MS_EPEER,     // another rank reported an error in this call    -> PeerError(CommError)
+  MS_ECUDA,     // a call of the CUDA runtime failed              -> CudaError(RuntimeError)
   MS_EINTR      // the caller's poll asked to stop (a signal is pending in Python)
 } ms_status;
 

@@ -35,6 +35,8 @@ static const error_class classes[] = {
      "call."},
     {MS_EPEER, MS_ECOMM, NULL, "moeshard.PeerError",
      "Another rank failed in this call and says why. All ranks stand before the next call."},
+    {MS_ECUDA, MS_OK, &PyExc_RuntimeError, "moeshard.CudaError",
+     "A call of the CUDA runtime failed. The message names the call and what it returned."},
 };
 
 int core_add_errors(PyObject *module, core_state *state) {
