@@ -350,7 +350,7 @@ static int open_gathered(core_state *state, PyObject *const tensors[BATCH_GATHER
                          tensor_view views[BATCH_GATHERED]) {
   static const char *const names[] = {"hidden_states", "top_k_index", "top_k_weights"};
   for (int i = 0; i < BATCH_GATHERED; i++)
-    if (tensor_view_open(state, tensors[i], names[i], false, &views[i])) return -1;
+    if (tensor_view_open(state, tensors[i], names[i], false, NULL, &views[i])) return -1;
   return 0;
 }
 
@@ -567,7 +567,7 @@ done:
 static int open_parts(core_state *state, PyObject *parts, Py_ssize_t count, tensor_view *views) {
   for (Py_ssize_t r = 0; r < count; r++) {
     PyObject *part = PySequence_GetItem(parts, r);
-    int failed = part ? tensor_view_open(state, part, "parts", false, &views[r]) : -1;
+    int failed = part ? tensor_view_open(state, part, "parts", false, NULL, &views[r]) : -1;
     Py_XDECREF(part);
     if (failed) return -1;
   }
