@@ -5,9 +5,9 @@
 //   tensor.c      Tensor, tensor_info     batch.c     steps 1, 3, 4: Batch
 //   tensor_view.c any tensor in           exchange.c  chapter X, steps 2, 5: Exchange
 //   arrays.c      NumPy arrays in, out    dlpack_abi.h  DLPack's structs
-//   state.c       module state            experts_args.c  what PackedExperts of all engines have alike
+//   state.c       module state            experts_args.c, routing_args.c  arguments that all engines have alike
 //
-// error.c, tensor_view.c, tensor.c, arrays.c, state.c and experts_args.c are also linked into _cuda (cuda/python).
+// All but the right column down to exchange.c, threads.c and this file is also linked into _cuda (cuda/python).
 //
 // SPDX-License-Identifier: Apache-2.0
 #define MS_NUMPY_API_HERE
