@@ -104,6 +104,7 @@ def test_objects_with_memory_of_their_own_are_not_pickled(thing):
         ("CommTimeout", (_core.CommError,)),
         ("RankMismatch", (_core.CommError,)),
         ("PeerError", (_core.CommError,)),
+        ("CudaError", (_core.MoeshardError, RuntimeError)),
     ],
 )
 def test_exceptions_are_what_their_names_say_and_travel(name, bases):

@@ -6,7 +6,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "arrays.h"
 #include "error.h"
-#include "tensor_view.h"
+#include "routing_args.h"
 #include "../base/memory.h"
 
 #include <stdlib.h>
@@ -147,47 +147,6 @@ static void batch_dealloc(PyObject *self) {
 
 // ---- step 1 -------------------------------------------------------------------------------------
 
-typedef struct route_views {
-  tensor_view hidden, index, weights, out;
-} route_views;
-
-static bool overlap(const tensor_view *a, const tensor_view *b) {
-  uintptr_t from_a = (uintptr_t)a->data, from_b = (uintptr_t)b->data;
-  return from_a < from_b + (uintptr_t)tensor_view_bytes(b) &&
-         from_b < from_a + (uintptr_t)tensor_view_bytes(a);
-}
-
-static int take_routing(core_state *state, PyObject *const tensors[4], route_views *v) {
-  tensor_need hidden = {
-      .name = "hidden_states", .dtypes = TENSOR_FLOATS, .ndim = 2, .shape = {-1, -1}, .dims = "TD"};
-  if (tensor_view_take(state, tensors[0], &hidden, &v->hidden)) return -1;
-  int64_t T = v->hidden.shape[0], D = v->hidden.shape[1];
-  tensor_need index = {
-      .name = "top_k_index", .dtypes = TENSOR_INTEGERS, .ndim = 2, .shape = {T, -1}, .dims = "TK"};
-  if (tensor_view_take(state, tensors[1], &index, &v->index)) return -1;
-  int64_t K = v->index.shape[1];
-  tensor_need weights = {
-      .name = "top_k_weights", .dtypes = TENSOR_FLOATS, .ndim = 2, .shape = {T, K}, .dims = "TK"};
-  if (tensor_view_take(state, tensors[2], &weights, &v->weights)) return -1;
-  if (K > MS_MAX_CHOICES) {
-    core_fail(state, MS_ESHAPE, "top_k_index: got K=%lld choices, expected 0 to %d", (long long)K,
-              MS_MAX_CHOICES);
-    return -1;
-  }
-  if (tensors[3] == Py_None) return 0;
-  tensor_need out = {.name = "out",
-                     .dtypes = 1u << v->hidden.type,
-                     .ndim = 2,
-                     .shape = {T, D},
-                     .dims = "TD",
-                     .write = true};
-  if (tensor_view_take(state, tensors[3], &out, &v->out)) return -1;
-  if (!overlap(&v->hidden, &v->out)) return 0;
-  core_fail(state, MS_EINVAL,
-            "out: got memory that overlaps hidden_states, expected a tensor of its own");
-  return -1;
-}
-
 PyDoc_STRVAR(route_doc,
              "route($self, /, hidden_states, top_k_index, top_k_weights, num_experts, out=None, *, "
              "layer=0, replicated=False)\n--\n\n"
@@ -224,6 +183,8 @@ PyDoc_STRVAR(route_doc,
              "    >>> batch.shape\n"
              "    (3, 4, 1)\n");
 
+static const tensor_where on_cpu = {.place = TENSOR_ON_CPU};
+
 static PyObject *batch_route(PyObject *object, PyObject *args, PyObject *kwargs) {
   static char *names[] = {"hidden_states", "top_k_index", "top_k_weights", "num_experts",
                           "out",           "layer",       "replicated",    NULL};
@@ -239,10 +200,10 @@ static PyObject *batch_route(PyObject *object, PyObject *args, PyObject *kwargs)
   if (!core_int32(state, "num_experts", experts, &E)) return NULL;
 
   // Tensors are opened before the batch is taken and closed after it is left: both may run any Python code.
-  route_views v = {0};
+  routing_views v = {0};
   batch_debts debts = {0};
   PyObject *result = NULL;
-  if (take_routing(state, tensors, &v)) goto done;
+  if (routing_take(state, tensors, &on_cpu, &v)) goto done;
   if (!core_batch_enter(state, self)) goto done;
   core_batch_forget_route(self, &debts);
   self->grouped = false;
@@ -263,10 +224,7 @@ static PyObject *batch_route(PyObject *object, PyObject *args, PyObject *kwargs)
   core_batch_leave(self);
   result = core_none(state, status, &err);
 done:
-  tensor_view_close(&v.hidden);
-  tensor_view_close(&v.index);
-  tensor_view_close(&v.weights);
-  tensor_view_close(&v.out);
+  routing_close(&v);
   core_batch_pay(&debts);
   return result;
 }
@@ -350,7 +308,7 @@ static int open_gathered(core_state *state, PyObject *const tensors[BATCH_GATHER
                          tensor_view views[BATCH_GATHERED]) {
   static const char *const names[] = {"hidden_states", "top_k_index", "top_k_weights"};
   for (int i = 0; i < BATCH_GATHERED; i++)
-    if (tensor_view_open(state, tensors[i], names[i], false, &views[i])) return -1;
+    if (tensor_view_open(state, tensors[i], names[i], false, NULL, &views[i])) return -1;
   return 0;
 }
 
@@ -567,7 +525,7 @@ done:
 static int open_parts(core_state *state, PyObject *parts, Py_ssize_t count, tensor_view *views) {
   for (Py_ssize_t r = 0; r < count; r++) {
     PyObject *part = PySequence_GetItem(parts, r);
-    int failed = part ? tensor_view_open(state, part, "parts", false, &views[r]) : -1;
+    int failed = part ? tensor_view_open(state, part, "parts", false, NULL, &views[r]) : -1;
     Py_XDECREF(part);
     if (failed) return -1;
   }

@@ -1,4 +1,4 @@
-// core.h - what the rooms of the _core extension share: headers, module state, the objects, the thread pool.
+// core.h - what the rooms of the extensions share: headers and module state; of _core: its objects, the thread pool.
 //
 // All state lies in the module or in its objects; nothing is global. Types are heap types, immutable and final, so
 // that the type of an object always leads to the module that made it.
@@ -41,7 +41,8 @@ enum { CORE_TABLES = 8, CORE_ERRORS = MS_EINTR };
 
 typedef struct core_state {
   PyObject *errors[CORE_ERRORS]; // by ms_status; MS_OK: MoeshardError; NULL: a builtin
-  PyTypeObject *tensor_type, *experts_type, *batch_type, *exchange_type;
+  PyTypeObject *tensor_type, *experts_type, *batch_type,
+      *exchange_type;                // NULL: the extension has none
   PyObject *dlpack, *exchange_table; // the names of the two protocols
 
   pthread_mutex_t
@@ -58,6 +59,11 @@ typedef struct core_state {
 static inline core_state *core_state_of(PyObject *object) {
   return PyType_GetModuleState(Py_TYPE(object));
 }
+
+// What both extensions have (state.c). 0, or -1 with an exception set.
+int core_state_init(core_state *state);
+int core_state_traverse(core_state *state, visitproc visit, void *arg);
+int core_state_clear(core_state *state);
 
 // Each room adds its types and functions. 0, or -1 with an exception set.
 int core_add_errors(PyObject *module, core_state *state);
@@ -85,7 +91,9 @@ typedef struct tensor_hold {
 } tensor_hold;
 
 typedef struct experts_object {
-  PyObject_HEAD ms_experts *experts;
+  PyObject_HEAD const ms_experts_spec
+      *spec; // of `experts`; first, as in every engine (experts_args.h)
+  ms_experts *experts;
 } experts_object;
 
 typedef struct exchange_object {

@@ -16,6 +16,7 @@ typedef struct DLPackVersion { // another major: another layout of what follows 
 } DLPackVersion;
 
 enum { DL_CPU = 1, DL_CUDA_HOST = 3, DL_ROCM_HOST = 11 }; // device types that the CPU can read
+enum { DL_CUDA = 2, DL_CUDA_MANAGED = 13 };               // that a CUDA device can
 
 typedef struct DLDevice {
   int32_t device_type, device_id;
@@ -70,7 +71,8 @@ typedef struct DLPackExchangeAPI {
   void (*managed_tensor_to_py_object_no_sync)(void);
   // Nothing is owned: the fields lie in the object. May be NULL.
   int (*dltensor_from_py_object_no_sync)(void *object, DLTensor *out);
-  void (*current_work_stream)(void);
+  // The stream that the producer's own work on this device goes to now; *stream NULL: the default one. May be NULL.
+  int (*current_work_stream)(int32_t device_type, int32_t device_id, void **stream);
 } DLPackExchangeAPI;
 
 #endif

@@ -56,6 +56,15 @@ int core_add_errors(PyObject *module, core_state *state) {
   return 0;
 }
 
+int core_adopt_errors(PyObject *core, core_state *state) {
+  for (size_t i = 0; i < sizeof classes / sizeof *classes; i++) {
+    const char *name = classes[i].name + sizeof "moeshard." - 1;
+    state->errors[classes[i].status] = PyObject_GetAttrString(core, name);
+    if (!state->errors[classes[i].status]) return -1;
+  }
+  return 0;
+}
+
 PyObject *core_raise(core_state *state, const ms_error *err) {
   if (PyErr_Occurred()) return NULL;
   if (err->code == MS_EINTR) { // the poll that asked for it leaves its exception: never without one

@@ -5,6 +5,9 @@
 
 #include "core.h"
 
+// The classes of the module _core, for another extension: they are made once. 0, or -1 with an exception set.
+int core_adopt_errors(PyObject *core, core_state *state);
+
 // All raise and return NULL. An exception that is already set stays: a signal arrived during the call.
 PyObject *core_raise(core_state *state, const ms_error *err);
 PyObject *core_fail(core_state *state, ms_status status, const char *format, ...)

@@ -1,77 +1,26 @@
 // experts.c - chapter W for Python: PackedExperts, this rank's columns of every expert.
 // SPDX-License-Identifier: Apache-2.0
-#include "arrays.h"
 #include "error.h"
-#include "tensor_view.h"
+#include "experts_args.h"
 
-#include <limits.h>
-#include <stdio.h>
 #include <string.h>
 
-static const char *const activations[MS_ACTIVATION_COUNT] = {[MS_IDENTITY] = "identity",
-                                                             [MS_RELU] = "relu",
-                                                             [MS_GELU] = "gelu",
-                                                             [MS_GELU_TANH] = "gelu_tanh",
-                                                             [MS_SILU] = "silu"};
-
-static const ms_experts_spec *spec_of(PyObject *self) {
-  return ms_experts_get_spec(((experts_object *)self)->experts);
-}
-
-static bool parse_activation(core_state *state, const char *text, ms_activation *out) {
-  char known[128];
-  int used = 0;
-  for (*out = MS_IDENTITY; *out < MS_ACTIVATION_COUNT; ++*out) {
-    if (strcmp(text, activations[*out]) == 0) return true;
-    used += snprintf(known + used, sizeof known - (size_t)used, "%s%s", used ? ", " : "",
-                     activations[*out]);
-  }
-  core_fail(state, MS_EINVAL, "activation: got '%s', expected one of %s", text, known);
-  return false;
-}
-
-// ---- construction -------------------------------------------------------------------------------
+static const tensor_where cpu = {.place = TENSOR_ON_CPU};
 
 static PyObject *experts_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-  static char *names[] = {"columns", "d_model", "d_ff",  "dtype", "activation",
-                          "gated",   "b_in",    "b_out", NULL};
   core_state *state = PyType_GetModuleState(type);
-  PyObject *table = NULL;
-  PyArrayObject *columns = NULL;
-  experts_object *self = NULL;
-  const char *dtype = NULL, *activation = NULL;
-  long long D = LLONG_MIN, F = LLONG_MIN;
-  int gated = -1, b_in = -1, b_out = -1;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|$OLLssppp:PackedExperts", names, &table, &D, &F,
-                                   &dtype, &activation, &gated, &b_in, &b_out))
-    return NULL;
-  // The format above cannot say "keyword-only and required".
-  const bool missing[] = {!table,      D == LLONG_MIN, F == LLONG_MIN, !dtype,
-                          !activation, gated < 0,      b_in < 0,       b_out < 0};
-  for (size_t i = 0; i < sizeof missing; i++)
-    if (missing[i])
-      return PyErr_Format(PyExc_TypeError, "PackedExperts() missing required argument '%s'",
-                          names[i]);
-  ms_experts_spec spec = {.D = D, .F = F, .gated = gated, .has_b_in = b_in, .has_b_out = b_out};
-  if (!tensor_dtype_parse(state, dtype, &spec.storage)) return NULL;
-  if (!parse_activation(state, activation, &spec.activation)) return NULL;
-  array_need need = {
-      .name = "columns", .type = NPY_INT64, .ndim = 2, .shape = {-1, 2}, .dims = "E, 2"};
-  if (!(columns = array_take(state, table, &need))) return NULL;
-  if (!core_int32(state, "num_experts", PyArray_DIM(columns, 0), &spec.E)) goto failed;
-  spec.columns = PyArray_DATA(columns);
-  if (!(self = (experts_object *)PyType_GenericAlloc(type, 0))) goto failed;
+  PyObject *columns = NULL;
+  ms_experts_spec spec;
+  if (experts_parse_new(state, args, kwargs, NULL, &spec, &columns)) return NULL;
+  experts_object *self = (experts_object *)PyType_GenericAlloc(type, 0);
   ms_error err;
-  if (ms_experts_create(&spec, &self->experts, &err) != MS_OK) {
+  if (self && ms_experts_create(&spec, &self->experts, &err) != MS_OK) {
     core_raise(state, &err);
-    goto failed;
+    Py_CLEAR(self);
   }
+  if (self) self->spec = ms_experts_get_spec(self->experts);
   Py_DECREF(columns);
   return (PyObject *)self;
-failed:
-  Py_DECREF(columns);
-  Py_XDECREF((PyObject *)self);
-  return NULL;
 }
 
 static void experts_dealloc(PyObject *self) {
@@ -79,58 +28,6 @@ static void experts_dealloc(PyObject *self) {
   ms_experts_free(((experts_object *)self)->experts);
   PyObject_Free(self);
   Py_DECREF(type);
-}
-
-// ---- pack ---------------------------------------------------------------------------------------
-
-enum { W_IN, W_OUT, B_IN, B_OUT, PARTS };
-
-static void close_views(tensor_view views[PARTS]) {
-  for (int i = 0; i < PARTS; i++) tensor_view_close(&views[i]);
-}
-
-static ms_matrix matrix_of(const tensor_view *view) {
-  return (ms_matrix){.data = view->data,
-                     .dtype = view->type,
-                     .rows = view->shape[0],
-                     .cols = view->shape[1],
-                     .row_stride = view->strides[0],
-                     .col_stride = view->strides[1]};
-}
-
-// The widths of w_out and w_in say how many columns the sources hold; the core compares them with each other and with
-// the columns of this rank. Biases come to it as bare pointers, so their lengths are checked here.
-static int take_sources(core_state *state, const ms_experts_spec *spec,
-                        PyObject *const tensors[PARTS], tensor_view views[PARTS]) {
-  int64_t halves = spec->gated ? 2 : 1;
-  tensor_need w_in = {.name = "w_in",
-                      .dtypes = TENSOR_FLOATS,
-                      .ndim = 2,
-                      .shape = {-1, spec->D},
-                      .dims = "FD",
-                      .strided = true};
-  tensor_need w_out = {.name = "w_out",
-                       .dtypes = TENSOR_FLOATS,
-                       .ndim = 2,
-                       .shape = {spec->D, -1},
-                       .dims = "DF",
-                       .strided = true};
-  if (tensor_view_take(state, tensors[W_IN], &w_in, &views[W_IN])) return -1;
-  if (tensor_view_take(state, tensors[W_OUT], &w_out, &views[W_OUT])) return -1;
-  tensor_need b_in = {.name = "b_in",
-                      .dtypes = TENSOR_FLOATS,
-                      .ndim = 1,
-                      .shape = {halves * views[W_OUT].shape[1]},
-                      .dims = "F"};
-  tensor_need b_out = {
-      .name = "b_out", .dtypes = TENSOR_FLOATS, .ndim = 1, .shape = {spec->D}, .dims = "D"};
-  if (tensors[B_IN] != Py_None && tensor_view_take(state, tensors[B_IN], &b_in, &views[B_IN]))
-    return -1;
-  if (tensors[B_OUT] != Py_None) {
-    if (tensors[B_IN] != Py_None) b_out.dtypes = 1u << views[B_IN].type;
-    if (tensor_view_take(state, tensors[B_OUT], &b_out, &views[B_OUT])) return -1;
-  }
-  return 0;
 }
 
 PyDoc_STRVAR(
@@ -155,40 +52,21 @@ PyDoc_STRVAR(
     "    ArgumentError: no such expert; a bias missing or unexpected; a tensor outside CPU "
     "memory.\n");
 
-static PyObject *experts_pack(PyObject *self, PyObject *args, PyObject *kwargs) {
-  static char *names[] = {"expert", "w_in", "w_out", "b_in", "b_out", "first", NULL};
-  core_state *state = core_state_of(self);
-  const ms_experts_spec *spec = spec_of(self);
-  PyObject *tensors[PARTS] = {NULL, NULL, Py_None, Py_None};
-  long long expert, first = 0;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "LOO|OO$L:pack", names, &expert, &tensors[W_IN],
-                                   &tensors[W_OUT], &tensors[B_IN], &tensors[B_OUT], &first))
-    return NULL;
-  int32_t e;
-  if (!core_int32(state, "expert", expert, &e)) return NULL;
-  if (first < 0 || first > spec->F)
-    return core_fail(state, MS_EINVAL, "first: got %lld, expected 0 to d_ff=%lld", first,
-                     (long long)spec->F);
-  tensor_view views[PARTS] = {{0}};
-  PyObject *result = NULL;
-  if (take_sources(state, spec, tensors, views)) goto done;
-  int64_t count = views[W_OUT].shape[1];
-  ms_matrix w_in = matrix_of(&views[W_IN]), w_out = matrix_of(&views[W_OUT]);
-  ms_dtype bias = views[B_IN].data    ? views[B_IN].type
-                  : views[B_OUT].data ? views[B_OUT].type
-                                      : MS_F32;
+static PyObject *experts_pack(PyObject *object, PyObject *args, PyObject *kwargs) {
+  experts_object *self = (experts_object *)object;
+  core_state *state = core_state_of(object);
+  experts_call call;
+  if (experts_parse_pack(state, self->spec, &cpu, args, kwargs, &call)) return NULL;
   ms_error err;
   PyThreadState *gil = PyEval_SaveThread();
-  ms_status status = ms_experts_pack(((experts_object *)self)->experts, e, first, count, &w_in,
-                                     &w_out, views[B_IN].data, views[B_OUT].data, bias, &err);
+  ms_status status = ms_experts_pack(self->experts, call.expert, call.first, call.count, &call.w_in,
+                                     &call.w_out, call.views[EXPERTS_B_IN].data,
+                                     call.views[EXPERTS_B_OUT].data, call.bias, &err);
   PyEval_RestoreThread(gil);
-  result = core_none(state, status, &err);
-done:
-  close_views(views);
+  PyObject *result = core_none(state, status, &err);
+  experts_call_close(&call);
   return result;
 }
-
-// ---- unpack -------------------------------------------------------------------------------------
 
 PyDoc_STRVAR(unpack_doc,
              "unpack($self, /, expert, w_in=None, w_out=None, b_in=None, b_out=None)\n--\n\n"
@@ -208,124 +86,27 @@ PyDoc_STRVAR(unpack_doc,
              "    ArgumentError: no such expert; read-only memory; a bias that these experts do "
              "not have.\n");
 
-static int take_destinations(core_state *state, const ms_experts_spec *spec, int32_t e,
-                             PyObject *const tensors[PARTS], tensor_view views[PARTS]) {
-  const int64_t *c = spec->columns + 2 * (int64_t)e;
-  int64_t width = c[1] - c[0], rows = spec->gated ? 2 * width : width;
-  const tensor_need needs[PARTS] = {{.name = "w_in",
-                                     .dtypes = 1u << spec->storage,
-                                     .ndim = 2,
-                                     .shape = {rows, spec->D},
-                                     .dims = "FD",
-                                     .write = true},
-                                    {.name = "w_out",
-                                     .dtypes = 1u << spec->storage,
-                                     .ndim = 2,
-                                     .shape = {spec->D, width},
-                                     .dims = "DF",
-                                     .write = true},
-                                    {.name = "b_in",
-                                     .dtypes = 1u << MS_F32,
-                                     .ndim = 1,
-                                     .shape = {rows},
-                                     .dims = "F",
-                                     .write = true},
-                                    {.name = "b_out",
-                                     .dtypes = 1u << MS_F32,
-                                     .ndim = 1,
-                                     .shape = {spec->D},
-                                     .dims = "D",
-                                     .write = true}};
-  const bool exists[PARTS] = {true, true, spec->has_b_in, spec->has_b_out};
-  for (int i = 0; i < PARTS; i++) {
-    if (tensors[i] == Py_None) continue;
-    if (!exists[i]) {
-      core_fail(state, MS_EINVAL, "%s: unexpected, these experts were made without one",
-                needs[i].name);
-      return -1;
-    }
-    if (tensor_view_take(state, tensors[i], &needs[i], &views[i])) return -1;
-  }
-  return 0;
-}
-
-static PyObject *experts_unpack(PyObject *self, PyObject *args, PyObject *kwargs) {
-  static char *names[] = {"expert", "w_in", "w_out", "b_in", "b_out", NULL};
-  core_state *state = core_state_of(self);
-  const ms_experts_spec *spec = spec_of(self);
-  PyObject *tensors[PARTS] = {Py_None, Py_None, Py_None, Py_None};
-  long long expert;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "L|OOOO:unpack", names, &expert, &tensors[W_IN],
-                                   &tensors[W_OUT], &tensors[B_IN], &tensors[B_OUT]))
-    return NULL;
-  if (expert < 0 || expert >= spec->E)
-    return core_fail(state, MS_EINVAL, "expert: got %lld, expected 0 to %d", expert, spec->E - 1);
-  tensor_view views[PARTS] = {{0}};
-  PyObject *result = NULL;
-  if (take_destinations(state, spec, (int32_t)expert, tensors, views)) goto done;
+static PyObject *experts_unpack(PyObject *object, PyObject *args, PyObject *kwargs) {
+  experts_object *self = (experts_object *)object;
+  core_state *state = core_state_of(object);
+  experts_call call;
+  if (experts_parse_unpack(state, self->spec, &cpu, args, kwargs, &call)) return NULL;
+  float *b_out = call.views[EXPERTS_B_OUT].data;
   ms_error err;
   PyThreadState *gil = PyEval_SaveThread();
-  if (views[B_OUT].data) memset(views[B_OUT].data, 0, (size_t)spec->D * sizeof(float));
+  if (b_out) memset(b_out, 0, (size_t)self->spec->D * sizeof *b_out);
   ms_status status =
-      ms_experts_unpack(((experts_object *)self)->experts, (int32_t)expert, views[W_IN].data,
-                        views[W_OUT].data, views[B_IN].data, views[B_OUT].data, &err);
+      ms_experts_unpack(self->experts, call.expert, call.views[EXPERTS_W_IN].data,
+                        call.views[EXPERTS_W_OUT].data, call.views[EXPERTS_B_IN].data, b_out, &err);
   PyEval_RestoreThread(gil);
-  result = core_none(state, status, &err);
-done:
-  close_views(views);
+  PyObject *result = core_none(state, status, &err);
+  experts_call_close(&call);
   return result;
 }
-
-// ---- properties ---------------------------------------------------------------------------------
 
 static PyObject *get_nbytes(PyObject *self, void *unused) {
   (void)unused;
   return PyLong_FromLongLong(ms_experts_bytes(((experts_object *)self)->experts));
-}
-
-static PyObject *get_columns(PyObject *self, void *unused) {
-  (void)unused;
-  return array_copy(NPY_INT64, 2, spec_of(self)->E, 2, spec_of(self)->columns);
-}
-
-static PyObject *get_num_experts(PyObject *self, void *unused) {
-  (void)unused;
-  return PyLong_FromLong(spec_of(self)->E);
-}
-
-static PyObject *get_d_model(PyObject *self, void *unused) {
-  (void)unused;
-  return PyLong_FromLongLong(spec_of(self)->D);
-}
-
-static PyObject *get_d_ff(PyObject *self, void *unused) {
-  (void)unused;
-  return PyLong_FromLongLong(spec_of(self)->F);
-}
-
-static PyObject *get_dtype(PyObject *self, void *unused) {
-  (void)unused;
-  return PyUnicode_FromString(ms_dtype_name(spec_of(self)->storage));
-}
-
-static PyObject *get_activation(PyObject *self, void *unused) {
-  (void)unused;
-  return PyUnicode_FromString(activations[spec_of(self)->activation]);
-}
-
-static PyObject *get_gated(PyObject *self, void *unused) {
-  (void)unused;
-  return PyBool_FromLong(spec_of(self)->gated);
-}
-
-static PyObject *get_has_b_in(PyObject *self, void *unused) {
-  (void)unused;
-  return PyBool_FromLong(spec_of(self)->has_b_in);
-}
-
-static PyObject *get_has_b_out(PyObject *self, void *unused) {
-  (void)unused;
-  return PyBool_FromLong(spec_of(self)->has_b_out);
 }
 
 // ---- the type -----------------------------------------------------------------------------------
@@ -338,18 +119,7 @@ static PyMethodDef methods[] = {
 
 static PyGetSetDef getset[] = {
     {"nbytes", get_nbytes, NULL, "Bytes of the packed weights of this rank.", NULL},
-    {"columns", get_columns, NULL,
-     "[E, 2] int64, a copy: the hidden columns of each expert that are held here.", NULL},
-    {"num_experts", get_num_experts, NULL, "Number of experts E.", NULL},
-    {"d_model", get_d_model, NULL, "Model width D.", NULL},
-    {"d_ff", get_d_ff, NULL, "Hidden width F of a whole expert.", NULL},
-    {"dtype", get_dtype, NULL, "Storage of the packed weights: 'float32', 'bfloat16' or 'float16'.",
-     NULL},
-    {"activation", get_activation, NULL, "'identity', 'relu', 'gelu', 'gelu_tanh' or 'silu'.",
-     NULL},
-    {"gated", get_gated, NULL, "Whether w_in holds gate rows, then up rows.", NULL},
-    {"has_b_in", get_has_b_in, NULL, "Whether there is an inner bias.", NULL},
-    {"has_b_out", get_has_b_out, NULL, "Whether there is an output bias.", NULL},
+    EXPERTS_PROPERTIES,
     {0}};
 
 PyDoc_STRVAR(

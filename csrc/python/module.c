@@ -5,6 +5,9 @@
 //   tensor.c      Tensor, tensor_info     batch.c     steps 1, 3, 4: Batch
 //   tensor_view.c any tensor in           exchange.c  chapter X, steps 2, 5: Exchange
 //   arrays.c      NumPy arrays in, out    dlpack_abi.h  DLPack's structs
+//   state.c       module state            experts_args.c, routing_args.c  arguments that all engines have alike
+//
+// All but the right column down to exchange.c, threads.c and this file is also linked into _cuda (cuda/python).
 //
 // SPDX-License-Identifier: Apache-2.0
 #define MS_NUMPY_API_HERE
@@ -15,17 +18,10 @@
 #define MS_VERSION "unknown"
 #endif
 
-PyTypeObject *core_add_type(PyObject *module, PyType_Spec *spec) {
-  PyTypeObject *type = (PyTypeObject *)PyType_FromModuleAndSpec(module, spec, NULL);
-  if (type && PyModule_AddType(module, type)) Py_CLEAR(type);
-  return type;
-}
-
 static int module_exec(PyObject *module) {
   core_state *state = PyModule_GetState(module);
   if (PyArray_ImportNumPyAPI() < 0) return -1;
-  if (!(state->dlpack = PyUnicode_InternFromString("__dlpack__"))) return -1;
-  if (!(state->exchange_table = PyUnicode_InternFromString("__dlpack_c_exchange_api__"))) return -1;
+  if (core_state_init(state)) return -1;
   if (core_add_errors(module, state)) return -1;
   if (core_add_threads(module, state)) return -1;
   if (core_add_plan(module)) return -1;
@@ -37,28 +33,10 @@ static int module_exec(PyObject *module) {
 }
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg) {
-  core_state *state = PyModule_GetState(module);
-  for (int i = 0; i < CORE_ERRORS; i++) Py_VISIT(state->errors[i]);
-  for (int i = 0; i < CORE_TABLES; i++) Py_VISIT(state->tables[i].type);
-  Py_VISIT(state->tensor_type);
-  Py_VISIT(state->experts_type);
-  Py_VISIT(state->batch_type);
-  Py_VISIT(state->exchange_type);
-  return 0;
+  return core_state_traverse(PyModule_GetState(module), visit, arg);
 }
 
-static int module_clear(PyObject *module) {
-  core_state *state = PyModule_GetState(module);
-  for (int i = 0; i < CORE_ERRORS; i++) Py_CLEAR(state->errors[i]);
-  for (int i = 0; i < CORE_TABLES; i++) Py_CLEAR(state->tables[i].type);
-  Py_CLEAR(state->tensor_type);
-  Py_CLEAR(state->experts_type);
-  Py_CLEAR(state->batch_type);
-  Py_CLEAR(state->exchange_type);
-  Py_CLEAR(state->dlpack);
-  Py_CLEAR(state->exchange_table);
-  return 0;
-}
+static int module_clear(PyObject *module) { return core_state_clear(PyModule_GetState(module)); }
 
 static void module_free(void *module) {
   core_state *state = PyModule_GetState(module);

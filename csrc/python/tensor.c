@@ -353,7 +353,8 @@ PyDoc_STRVAR(
 
 static PyObject *tensor_info(PyObject *module, PyObject *tensor) {
   tensor_view view;
-  if (tensor_view_open(PyModule_GetState(module), tensor, "tensor", false, &view)) return NULL;
+  if (tensor_view_open(PyModule_GetState(module), tensor, "tensor", false, NULL, &view))
+    return NULL;
   char dtype[TENSOR_DTYPE_TEXT];
   tensor_dtype_name(view.dtype, dtype);
   PyObject *result = NULL, *shape = shape_tuple(view.shape, view.ndim);

@@ -276,18 +276,27 @@ static int open_table(core_state *state, PyObject *tensor, const DLPackExchangeA
 }
 
 // tensor.__dlpack__(max_version=(1, 3)); libraries older than DLPack 1.0 do not know the argument.
-static PyObject *ask_for_capsule(core_state *state, PyObject *tensor) {
-  PyObject *method = NULL, *none = NULL, *version = NULL, *capsule = NULL;
+static PyObject *ask_for_capsule(core_state *state, PyObject *tensor, void *stream) {
+  PyObject *method = NULL, *none = NULL, *only_stream = NULL, *all = NULL, *capsule = NULL;
   if (!(method = PyObject_GetAttr(tensor, state->dlpack))) goto done;
   if (!(none = PyTuple_New(0))) goto done;
-  if (!(version = Py_BuildValue("{s(ii)}", "max_version", DLPACK_MAJOR, DLPACK_MINOR))) goto done;
-  capsule = PyObject_Call(method, none, version);
+  if (stream) {
+    only_stream = Py_BuildValue("{sK}", "stream", (unsigned long long)(uintptr_t)stream);
+    all = Py_BuildValue("{s(ii)sK}", "max_version", DLPACK_MAJOR, DLPACK_MINOR, "stream",
+                        (unsigned long long)(uintptr_t)stream);
+  } else {
+    only_stream = PyDict_New();
+    all = Py_BuildValue("{s(ii)}", "max_version", DLPACK_MAJOR, DLPACK_MINOR);
+  }
+  if (!only_stream || !all) goto done;
+  capsule = PyObject_Call(method, none, all);
   if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) {
     PyErr_Clear();
-    capsule = PyObject_Call(method, none, NULL);
+    capsule = PyObject_Call(method, none, only_stream);
   }
 done:
-  Py_XDECREF(version);
+  Py_XDECREF(all);
+  Py_XDECREF(only_stream);
   Py_XDECREF(none);
   Py_XDECREF(method);
   return capsule;
@@ -313,7 +322,7 @@ static int take_capsule(core_state *state, PyObject *capsule, const char *name, 
 }
 
 static int open_capsule(core_state *state, PyObject *tensor, const char *name, bool write,
-                        tensor_view *out) {
+                        void *stream, tensor_view *out) {
   if (!PyObject_HasAttr((PyObject *)Py_TYPE(tensor), state->dlpack)) {
     PyObject *type = PyType_GetName(Py_TYPE(tensor));
     const char *said = type ? PyUnicode_AsUTF8AndSize(type, NULL) : NULL;
@@ -324,7 +333,7 @@ static int open_capsule(core_state *state, PyObject *tensor, const char *name, b
     Py_XDECREF(type);
     return -1;
   }
-  PyObject *capsule = ask_for_capsule(state, tensor);
+  PyObject *capsule = ask_for_capsule(state, tensor, stream);
   if (!capsule) {
     core_fail_from(state, MS_EINVAL, "%s: its library cannot share it", name);
     return -1;
@@ -335,7 +344,7 @@ static int open_capsule(core_state *state, PyObject *tensor, const char *name, b
 }
 
 int tensor_view_open(core_state *state, PyObject *tensor, const char *name, bool write,
-                     tensor_view *out) {
+                     void *stream, tensor_view *out) {
   *out = (tensor_view){0};
   const DLPackExchangeAPI *api = NULL;
   int result = -1;
@@ -347,13 +356,21 @@ int tensor_view_open(core_state *state, PyObject *tensor, const char *name, bool
     result = 0;
   } else if (find_table(state, Py_TYPE(tensor), &api) == 0) {
     result = api ? open_table(state, tensor, api, name, write, out)
-                 : open_capsule(state, tensor, name, write, out);
+                 : open_capsule(state, tensor, name, write, stream, out);
   }
   if (result)
     tensor_view_close(out);
   else if (!out->hold.managed && !out->hold.legacy)
     out->hold.owner = Py_NewRef(tensor);
   return result;
+}
+
+int tensor_stream(core_state *state, PyObject *tensor, int32_t device, void **stream) {
+  const DLPackExchangeAPI *api = NULL;
+  *stream = NULL;
+  if (PyArray_Check(tensor)) return 0;
+  if (find_table(state, Py_TYPE(tensor), &api)) return -1;
+  return api && api->current_work_stream ? api->current_work_stream(DL_CUDA, device, stream) : 0;
 }
 
 // ---- what is needed -----------------------------------------------------------------------------
@@ -383,19 +400,44 @@ static bool shape_fits(const tensor_view *view, const tensor_need *need) {
   return true;
 }
 
-static bool in_cpu_memory(const tensor_view *view) {
+static bool on_cpu(const tensor_view *view) {
   int32_t type = view->device.device_type;
   return type == DL_CPU || type == DL_CUDA_HOST || type == DL_ROCM_HOST;
+}
+
+static bool on_cuda(const tensor_view *view) {
+  int32_t type = view->device.device_type;
+  return type == DL_CUDA || type == DL_CUDA_MANAGED;
+}
+
+static bool is_where(const tensor_view *view, const tensor_where *where) {
+  if (where->place != TENSOR_ON_CUDA && on_cpu(view)) return true;
+  return where->place != TENSOR_ON_CPU && on_cuda(view) && view->device.device_id == where->device;
+}
+
+static PyObject *fail_where(core_state *state, const tensor_need *need, const tensor_view *view) {
+  enum { PLACE_TEXT = 64 };
+  char got[PLACE_TEXT], expected[PLACE_TEXT];
+  if (on_cpu(view))
+    snprintf(got, sizeof got, "a tensor in CPU memory");
+  else if (on_cuda(view))
+    snprintf(got, sizeof got, "a tensor on CUDA device %d", view->device.device_id);
+  else
+    snprintf(got, sizeof got, "DLPack device type %d, id %d", view->device.device_type,
+             view->device.device_id);
+  if (need->where.place == TENSOR_ON_CPU)
+    snprintf(expected, sizeof expected, "CPU memory");
+  else
+    snprintf(expected, sizeof expected, "%sCUDA device %d",
+             need->where.place == TENSOR_ON_EITHER ? "CPU memory or " : "", need->where.device);
+  return core_fail(state, MS_EINVAL, "%s: got %s, expected %s", need->name, got, expected);
 }
 
 int tensor_view_check(core_state *state, const tensor_need *need, tensor_view *view) {
   char got[LIST_TEXT], expected[LIST_TEXT];
   const char *name = need->name;
-  if (!in_cpu_memory(view)) {
-    core_fail(state, MS_EINVAL,
-              "%s: got DLPack device type %d, id %d, expected CPU memory: the CUDA engine is not "
-              "in this build",
-              name, view->device.device_type, view->device.device_id);
+  if (!is_where(view, &need->where)) {
+    fail_where(state, need, view);
   } else if (!core_dtype(view->dtype, &view->type) || !(need->dtypes & 1u << view->type)) {
     tensor_dtype_name(view->dtype, got);
     list_dtypes(need->dtypes, expected);
@@ -426,7 +468,7 @@ int tensor_view_check(core_state *state, const tensor_need *need, tensor_view *v
 
 int tensor_view_take(core_state *state, PyObject *tensor, const tensor_need *need,
                      tensor_view *out) {
-  if (tensor_view_open(state, tensor, need->name, need->write, out)) return -1;
+  if (tensor_view_open(state, tensor, need->name, need->write, need->where.stream, out)) return -1;
   if (tensor_view_check(state, need, out) == 0) return 0;
   tensor_view_close(out);
   return -1;

@@ -177,7 +177,6 @@ static PyMethodDef functions[] = {{"isa", isa, METH_NOARGS, isa_doc},
                                   {0}};
 
 int core_add_threads(PyObject *module, core_state *state) {
-  pthread_mutex_init(&state->lock, NULL);
   state->threads = cores_of_process();
   return PyModule_AddFunctions(module, functions);
 }
