@@ -82,6 +82,7 @@ ms_status ms_cuda_engine_create(ms_cuda_exchange *exchange, int32_t device, int3
     return ms_fail(err, MS_EINVAL, "exchange: it is on device %d, expected %d", exchange->device, device);
   ms_cuda_engine *g = calloc(1, sizeof *g);
   if (!g) return ms_fail(err, MS_ENOMEM, "no memory for an engine");
+  if (exchange && exchange->R == 1) exchange = NULL; // nothing travels
   *g = (ms_cuda_engine){.exchange = exchange, .device = device, .chunks = exchange ? chunks : 1};
   ms_status status = start(g, err);
   if (status == MS_OK)

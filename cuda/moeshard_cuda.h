@@ -130,7 +130,8 @@ typedef struct ms_cuda_view { // one chunk in the workspace; passed by value to 
   const char *messages;   // expert and weight of rank r at messages + r*message_bytes + {expert,weight}_at
   int64_t hidden_stride;  // bytes
   // group
-  int32_t *counts;        // scratch of gather and group; the first MS_CUDA_TICKETS are zero between kernels
+  int32_t *tickets;       // [MS_CUDA_TICKETS] at the start of the workspace, zero between kernels
+  int32_t *counts;        // scratch of gather and group
   int32_t *offset;        // [E+1]
   int32_t *order;         // [slots] slot = n*K + j, by expert, stable
   ms_cuda_tile *tiles;    // [max_tiles]
@@ -145,7 +146,7 @@ typedef struct ms_cuda_view { // one chunk in the workspace; passed by value to 
 } ms_cuda_view;
 
 enum {
-  MS_CUDA_TICKETS = 64,     // int32 counters at the start of counts
+  MS_CUDA_TICKETS = 64,      // int32 counters for the blocks of one launch
   MS_CUDA_ROUTE_BLOCKS = 128 // blocks that check the routing, at most
 };
 

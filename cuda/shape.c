@@ -65,10 +65,11 @@ ms_status ms_cuda_shape_plan(ms_cuda_shape *s, ms_error *err) {
   s->message_bytes = at;
 
   at = 0;
+  place(&at, 4 * MS_CUDA_TICKETS); // at the same place for every shape: they stay zero
   s->messages_at = place(&at, s->R * s->message_bytes);
-  // tickets; tiles before each expert; and the counters of the sort, or the faults of each block of gather
+  // tiles before each expert; and the counters of the sort, or the faults of each block of gather
   int64_t counters = (int64_t)s->sort_chunks * s->E, blocks = 2 * MS_CUDA_ROUTE_BLOCKS;
-  s->counts_at = place(&at, 4 * (MS_CUDA_TICKETS + s->E + 1 + (counters > blocks ? counters : blocks)));
+  s->counts_at = place(&at, 4 * (s->E + 1 + (counters > blocks ? counters : blocks)));
   s->offset_at = place(&at, 4 * ((int64_t)s->E + 1));
   s->order_at = place(&at, 4 * s->slots);
   s->tiles_at = place(&at, 4 + (int64_t)sizeof(ms_cuda_tile) * s->max_tiles);
@@ -87,6 +88,7 @@ ms_cuda_view ms_cuda_view_of(const ms_cuda_shape *s, const ms_cuda_experts *expe
       .hidden = s->in_place ? hidden_in_place : messages + s->hidden_at,
       .messages = messages,
       .hidden_stride = s->message_bytes,
+      .tickets = (int32_t *)base,
       .counts = (int32_t *)(base + s->counts_at),
       .offset = (int32_t *)(base + s->offset_at),
       .order = (int32_t *)(base + s->order_at),

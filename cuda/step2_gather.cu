@@ -16,8 +16,8 @@ ms_status ms_cuda_gather_pack(const ms_cuda_shape *shape, const ms_cuda_view *vi
   a.index = index;
   a.weight = weight;
   a.message = (char *)view->messages + shape->rank * shape->message_bytes;
-  a.ticket = view->counts;
-  a.block_faults = (unsigned long long *)(view->counts + MS_CUDA_TICKETS);
+  a.ticket = view->tickets;
+  a.block_faults = (unsigned long long *)view->counts;
   a.T = shape->T;
   a.tokens = header->T;
   a.D = shape->D;

@@ -15,8 +15,8 @@ ms_status ms_cuda_group(const ms_cuda_shape *shape, const ms_cuda_view *view, vo
   a.slots = (int32_t)shape->slots;
   a.rank_slots = (int32_t)(shape->T * shape->K);
   a.tile_rows = shape->tile_rows;
-  a.ticket = view->counts + 1;
-  a.tiles_before = view->counts + MS_CUDA_TICKETS;
+  a.ticket = view->tickets + 1;
+  a.tiles_before = view->counts;
   a.counters = a.tiles_before + shape->E + 1;
   a.offset = view->offset;
   a.order = view->order;
