@@ -70,8 +70,8 @@ def shard(
     share of the experts, the originals are freed.
 
     Args:
-        model: a HuggingFace model (or any module that holds MoE blocks of a known class) on the CPU, in eval mode,
-            with the same weights on every rank.
+        model: a HuggingFace model (or any module that holds MoE blocks of a known class) in eval mode, with the same
+            weights on every rank; on the CPU, or on this rank's CUDA device, which then runs the layers.
         group: the ranks. ``None``: :func:`moeshard.init`.
         plan: the layout of each MoE layer. ``"auto"``, ``"shard"``: every expert over every rank;
             ``"expert_parallel"``: each expert whole on one rank; or a :class:`moeshard.Plan`.
@@ -178,6 +178,13 @@ def _sites(model: nn.Module, group: Group, plan: PlanChoice, dtype: object) -> l
     if not blocks:
         raise _core.ArgumentError(_no_block(model))
     sites = [_site(name, places, block, adapter, group, plan, dtype) for name, places, block, adapter in blocks]
+    first = sites[0]
+    for site in sites:
+        if site.sizes.device != first.sizes.device:
+            raise _core.ArgumentError(
+                f"model: its MoE layers are on different devices, {first.name} on {first.sizes.device} but {site.name} "
+                f"on {site.sizes.device}; a rank works on one: model.to({first.sizes.device!r})"
+            )
     _check_not_shared(model, sites)
     return sites
 
@@ -191,9 +198,9 @@ def _site(
             raise _core.ArgumentError(
                 f"{where}.{parameter_name}: not loaded (on the meta device): load the weights first"
             )
-        if parameter.device.type != "cpu":
+        if parameter.device.type not in ("cpu", "cuda"):
             raise _core.ArgumentError(
-                f"{where}.{parameter_name}: expected the CPU, got {parameter.device}: model.cpu()"
+                f"{where}.{parameter_name}: expected the CPU or CUDA, got {parameter.device}: model.cpu()"
             )
     if any(module.training for module in block.modules()):
         raise _core.ArgumentError(f"{where}: in training mode, but moeshard is for inference: call model.eval() first")
@@ -247,7 +254,7 @@ def _check_capacity(capacity: object) -> None:
 
 def _facts(sites: Sequence[Site], tokens: str, capacity: Capacity) -> dict[str, str]:
     """What must be the same on all ranks. Of the weights, a sample: enough to tell checkpoints and seeds apart."""
-    facts = {"tokens": str(tokens), "capacity": str(capacity)}
+    facts = {"the device": sites[0].sizes.device_type, "tokens": str(tokens), "capacity": str(capacity)}
     for site in sites:
         weights, sizes = site.weights, site.sizes
         kind = f"{'gated ' if weights.gated else ''}{weights.activation}"
@@ -262,7 +269,7 @@ def _sample(weights: ExpertWeights) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for expert in range(len(weights.w_in)):
         for stack in (weights.w_in, weights.w_out):
-            digest.update(stack[expert][0].contiguous().view(torch.uint8).numpy())
+            digest.update(stack[expert][0].contiguous().view(torch.uint8).cpu().numpy())
     return digest.hexdigest()
 
 
@@ -302,12 +309,12 @@ _HOOKS = (
 
 def _free(parameters: Sequence[nn.Parameter]) -> None:
     for parameter in parameters:
-        parameter.data = torch.empty(0, dtype=parameter.dtype)
+        parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
 
 
 def _allocate(original: Original) -> None:
     for parameter, shape in zip(original.adapter.parameters(original.block), original.shapes, strict=True):
-        parameter.data = torch.empty(shape, dtype=parameter.dtype)
+        parameter.data = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
 
 
 def _collect(original: Original) -> None:

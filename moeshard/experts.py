@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +14,15 @@ from numpy.typing import NDArray
 from . import _core
 
 if TYPE_CHECKING:
+    from . import _cuda
     from ._core import Activation, DType
 
 DTYPES = ("float32", "bfloat16", "float16")
+DEVICES = {1: "cpu", 2: "cuda"}  # of DLPack
 ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu")
+
+
+PackedColumns: TypeAlias = "_core.PackedExperts | _cuda.PackedExperts"
 
 
 class Stack(Protocol):
@@ -57,13 +64,13 @@ class ExpertWeights:
         Raises:
             ShapeError: a tensor that does not fit the first expert's; both shapes are named.
             DTypeError: a dtype that is not accepted, or experts of different dtypes.
-            ArgumentError: an unknown activation.
+            ArgumentError: an unknown activation, or tensors on different devices.
         """
         if self.activation not in ACTIVATIONS:
             raise _core.ArgumentError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
         if not len(self.w_in):
             raise _core.ShapeError("w_in: expected at least one expert, got none")
-        shape, dtype, _ = describe("w_in[0]", self.w_in[0])
+        shape, dtype, _, device = describe("w_in[0]", self.w_in[0], "cpu", "cuda")
         rows_per_column = 2 if self.gated else 1
         if len(shape) != 2 or shape[0] % rows_per_column or 0 in shape:
             raise _core.ShapeError(
@@ -71,7 +78,7 @@ class ExpertWeights:
             )
         if dtype not in DTYPES:
             raise _core.DTypeError(f"w_in[0]: expected {', '.join(DTYPES)}, got {dtype}")
-        sizes = Sizes(len(self.w_in), shape[1], shape[0] // rows_per_column, cast("DType", dtype))
+        sizes = Sizes(len(self.w_in), shape[1], shape[0] // rows_per_column, cast("DType", dtype), device)
         for name, stack, expected in (
             ("w_in", self.w_in, shape),
             ("w_out", self.w_out, (sizes.d_model, sizes.d_ff)),
@@ -83,16 +90,18 @@ class ExpertWeights:
             if len(stack) != sizes.num_experts:
                 raise _core.ShapeError(f"{name}: expected {sizes.num_experts} experts as in w_in, got {len(stack)}")
             for expert in range(sizes.num_experts):
-                found, kind, _ = describe(f"{name}[{expert}]", stack[expert])
+                found, kind, _, place = describe(f"{name}[{expert}]", stack[expert], "cpu", "cuda")
                 if found != expected:
                     raise _core.ShapeError(
                         f"{name}[{expert}]: expected {list(expected)}, got {list(found)} (w_in[0] is {list(shape)})"
                     )
                 if kind != dtype:
                     raise _core.DTypeError(f"{name}[{expert}]: expected {dtype} as in w_in[0], got {kind}")
+                if place != device:
+                    raise _core.ArgumentError(f"{name}[{expert}]: expected it on {device} as w_in[0], it is on {place}")
         return sizes
 
-    def pack(self, columns: NDArray[np.int64], sizes: Sizes, dtype: DType) -> _core.PackedExperts:
+    def pack(self, columns: NDArray[np.int64], sizes: Sizes, dtype: DType) -> PackedColumns:
         """Pack one rank's columns.
 
         Args:
@@ -101,9 +110,9 @@ class ExpertWeights:
             dtype: storage of the packed weights.
 
         Returns:
-            The packed experts; memory for this rank's columns only.
+            The packed experts, on the device of the weights; memory for this rank's columns only.
         """
-        packed = _core.PackedExperts(
+        packed = _engine_of(sizes.device)(
             columns=columns,
             d_model=sizes.d_model,
             d_ff=sizes.d_ff,
@@ -124,12 +133,29 @@ class ExpertWeights:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a layer's experts and the dtype of their weights."""
+    """The sizes of a layer's experts, the dtype of their weights, and where they are: ``"cpu"``, ``"cuda:0"`` ..."""
 
     num_experts: int
     d_model: int
     d_ff: int
     dtype: DType
+    device: str = field(default="cpu", repr=False)  # each rank has its own
+
+    @property
+    def device_type(self) -> str:
+        """``"cpu"`` or ``"cuda"``."""
+        return self.device.partition(":")[0]
+
+
+def _engine_of(device: str) -> Callable[..., PackedColumns]:
+    """What packs columns for a device."""
+    kind, _, number = device.partition(":")
+    if kind == "cpu":
+        return _core.PackedExperts
+    from .cuda import extension
+
+    packed: Callable[..., PackedColumns] = partial(extension().PackedExperts, device=int(number))
+    return packed
 
 
 def dtype_name(dtype: object) -> DType:
@@ -145,14 +171,22 @@ def _plain(tensor: Any) -> Any:
     return tensor.detach() if hasattr(tensor, "detach") else tensor
 
 
-def describe(name: str, tensor: Any) -> tuple[tuple[int, ...], str, bool]:
-    """Shape, dtype and whether it is contiguous, of any tensor in CPU memory; errors name the argument."""
+def describe(name: str, tensor: Any, *devices: str) -> tuple[tuple[int, ...], str, bool, str]:
+    """Shape, dtype, whether it is contiguous and device of any tensor; errors name the argument.
+
+    Args:
+        name: what errors call it.
+        tensor: what speaks DLPack.
+        devices: where it may be; nothing: ``"cpu"``.
+    """
     try:
-        shape, dtype, (device, _), contiguous = _core.tensor_info(_plain(tensor))
+        shape, dtype, (kind, number), contiguous = _core.tensor_info(_plain(tensor))
     except _core.MoeshardError as error:
         raise type(error)(f"{name}: {error}") from error
     except (RuntimeError, BufferError, ValueError) as error:  # the tensor's own library refuses
         raise _core.ArgumentError(f"{name}: cannot be read through DLPack: {str(error).splitlines()[0]}") from error
-    if device != 1:  # kDLCPU
-        raise _core.ArgumentError(f"{name}: expected a tensor in CPU memory, got DLPack device type {device}")
-    return shape, dtype, contiguous
+    device = DEVICES.get(kind)
+    if device not in (devices or ("cpu",)):
+        where = " or ".join("CPU memory" if known == "cpu" else known.upper() for known in devices or ("cpu",))
+        raise _core.ArgumentError(f"{name}: expected a tensor in {where}, got {device or f'DLPack device type {kind}'}")
+    return shape, dtype, contiguous, device if device == "cpu" else f"{device}:{number}"

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from . import _core
-from .experts import ExpertWeights, Stack, describe, dtype_name
+from .cuda import extension
+from .experts import ExpertWeights, PackedColumns, Stack, describe, dtype_name
 from .plans import Plan
 from .threads import use_threads
 
 if TYPE_CHECKING:
+    from . import _cuda
     from ._core import Activation, DType, SupportsDLPack
 
 Tensor = TypeVar("Tensor", bound="SupportsDLPack")
@@ -30,13 +32,17 @@ class PackedExperts:
         d_ff: width F of an expert's hidden layer.
         dtype: storage of the packed weights.
         nbytes: memory of the packed weights.
+        device: where they are and tokens are expected: ``"cpu"``, ``"cuda:0"`` ...
     """
 
-    def __init__(self, packed: _core.PackedExperts) -> None:
+    def __init__(self, packed: PackedColumns) -> None:
         """Take packed weights; :func:`moeshard.pack` makes them."""
         self._packed = packed
-        self._batch = _core.Batch()
-        self._exchange = _core.exchange_one()
+        self._run: _OnCpu | _OnCuda
+        if isinstance(packed, _core.PackedExperts):
+            self._run, self.device = _OnCpu(packed), "cpu"
+        else:
+            self._run, self.device = _OnCuda(packed), f"cuda:{packed.device}"
         self._lock = threading.Lock()
         self.num_experts = packed.num_experts
         self.d_model = packed.d_model
@@ -54,7 +60,7 @@ class PackedExperts:
         """Send each token through its experts. Calls from several threads take turns.
 
         Args:
-            hidden: ``[..., D]`` float32, bfloat16 or float16, in CPU memory.
+            hidden: ``[..., D]`` float32, bfloat16 or float16, where the experts are.
             top_k_index: ``[..., K]`` int32 or int64, the experts of each token; -1 = no expert.
             top_k_weights: ``[..., K]`` float32, bfloat16 or float16, finite; multiplies each expert's output.
             out: like ``hidden``, contiguous, not overlapping it. ``None``: a new one.
@@ -65,29 +71,27 @@ class PackedExperts:
         Raises:
             ShapeError: shapes that do not fit; both are named.
             DTypeError: a dtype that is not accepted.
-            RangeError: an index outside ``-1..E-1`` or a weight that is not finite.
-            ArgumentError: a tensor that requires grad or is not in CPU memory.
+            RangeError: an index outside ``-1..E-1`` or a weight that is not finite; on CUDA raised by a later call.
+            ArgumentError: a tensor that requires grad or is on another device.
         """
-        rows = _rows("hidden", hidden)
-        shape, dtype, _ = describe("hidden", rows)
+        rows = _rows("hidden", hidden, self.device)
+        shape, dtype, *_ = describe("hidden", rows, self.device)
         if shape[1] != self.d_model:
             raise _core.ShapeError(f"hidden: expected [..., {self.d_model}] as the experts, got {_shape(hidden)}")
-        index, weights = _rows("top_k_index", top_k_index), _rows("top_k_weights", top_k_weights)
+        index, weights = (
+            _rows("top_k_index", top_k_index, self.device),
+            _rows("top_k_weights", top_k_weights, self.device),
+        )
         if out is None:
-            memory: Any = _core.Tensor(shape, dtype_name(dtype))
+            memory: Any = self._run.empty(rows, shape, dtype_name(dtype))
         else:
             memory = without_grad("out", out)
-            if _shape(out) != _shape(hidden) or not describe("out", memory)[2]:
+            if _shape(out) != _shape(hidden) or not describe("out", memory, self.device)[2]:
                 raise _core.ShapeError(f"out: expected contiguous {_shape(hidden)} as hidden, got {_shape(out)}")
-            memory = _rows("out", memory)
-        use_threads()
+            memory = _rows("out", memory, self.device)
         with self._lock:
-            self._batch.route(rows, index, weights, self.num_experts, memory)
-            self._exchange.gather(self._batch)
-            self._batch.group()
-            self._batch.ffn(self._packed)
-            self._exchange.combine(self._batch)
-        return _in_library_of(hidden, memory) if out is None else out
+            self._run(rows, index, weights, memory)
+        return self._run.in_library_of(hidden, memory) if out is None else out
 
     def __repr__(self) -> str:
         """Sizes, dtype and kind."""
@@ -110,8 +114,8 @@ def pack(
     """Pack the weights of a layer's experts for one rank.
 
     Args:
-        w_in: ``[E, F, D]`` (gated: ``[E, 2F, D]``, gate rows first) float32, bfloat16 or float16, in CPU memory: one
-            tensor or a sequence of E tensors, as ``nn.Linear`` and HuggingFace keep them.
+        w_in: ``[E, F, D]`` (gated: ``[E, 2F, D]``, gate rows first) float32, bfloat16 or float16, in CPU memory or on a
+            CUDA device: one tensor or a sequence of E tensors, as ``nn.Linear`` and HuggingFace keep them.
         w_out: ``[E, D, F]``.
         activation: ``"identity"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``.
         gated: ``y = act(x W_gate^T) * (x W_up^T)``.
@@ -120,12 +124,12 @@ def pack(
         dtype: storage, ``"float32"``, ``"bfloat16"`` or ``"float16"`` (or torch's and NumPy's). ``None``: as ``w_in``.
 
     Returns:
-        The packed experts. The originals are not needed any more.
+        The packed experts, where the weights are. The originals are not needed any more.
 
     Raises:
         ShapeError: a shape that does not fit the others.
         DTypeError: a dtype that is not accepted.
-        ArgumentError: an unknown activation, or a tensor outside CPU memory.
+        ArgumentError: an unknown activation, or tensors on different devices.
 
     Example:
         >>> import numpy as np
@@ -154,7 +158,7 @@ def fused_experts(
     """Send each token through its experts: ``pack`` and one call. To call more than once, keep ``pack``'s result.
 
     Args:
-        hidden: ``[..., D]`` float32, bfloat16 or float16, in CPU memory.
+        hidden: ``[..., D]`` float32, bfloat16 or float16, where the weights are.
         top_k_index: ``[..., K]`` int32 or int64; -1 = no expert.
         top_k_weights: ``[..., K]`` float32, bfloat16 or float16, finite.
         w_in: ``[E, F, D]`` (gated: ``[E, 2F, D]``, gate rows first).
@@ -196,27 +200,71 @@ def without_grad(name: str, tensor: Any) -> Any:
 
 
 def _shape(tensor: Any) -> list[int]:
-    return list(describe("tensor", tensor)[0])
+    return list(describe("tensor", tensor, "cpu", "cuda")[0])
 
 
-def _rows(name: str, tensor: Any) -> Any:
+def _rows(name: str, tensor: Any, device: str) -> Any:
     """As [rows, last dimension], contiguous; a copy only if it must be."""
     tensor = without_grad(name, tensor)
-    shape, _, contiguous = describe(name, tensor)
+    shape, _, contiguous, _ = describe(name, tensor, device)
     if not shape:
         raise _core.ShapeError(f"{name}: expected at least one dimension, got a scalar")
     if not contiguous:
-        tensor = tensor.contiguous() if hasattr(tensor, "contiguous") else np.ascontiguousarray(tensor)
+        if hasattr(tensor, "contiguous"):
+            tensor = tensor.contiguous()
+        else:
+            tensor = (np if device == "cpu" else _library_of(tensor)).ascontiguousarray(tensor)
     return tensor if len(shape) == 2 else tensor.reshape(math.prod(shape[:-1]), shape[-1])
 
 
-def _in_library_of(hidden: Any, memory: _core.Tensor) -> Any:
-    """Our memory as a tensor of hidden's library and shape; no copy where that library makes none."""
-    library = type(hidden).__module__.partition(".")[0]
+def _library_of(tensor: Any) -> Any:
+    """The module of the tensor's functions: torch, numpy, cupy, jax.numpy ..."""
+    library = type(tensor).__module__.partition(".")[0]
     if library in ("torch", "numpy"):
-        tensor = sys.modules[library].from_dlpack(memory)
-    elif hasattr(hidden, "__array_namespace__"):
-        tensor = hidden.__array_namespace__().from_dlpack(memory)
-    else:
-        return memory
-    return tensor.reshape(hidden.shape)
+        return sys.modules[library]
+    return tensor.__array_namespace__() if hasattr(tensor, "__array_namespace__") else None
+
+
+class _OnCpu:
+    """The five steps on one rank of the CPU engine."""
+
+    def __init__(self, packed: _core.PackedExperts) -> None:
+        self._packed = packed
+        self._batch = _core.Batch()
+        self._exchange = _core.exchange_one()
+
+    def __call__(self, hidden: Any, index: Any, weights: Any, out: Any) -> None:
+        use_threads()
+        self._batch.route(hidden, index, weights, self._packed.num_experts, out)
+        self._exchange.gather(self._batch)
+        self._batch.group()
+        self._batch.ffn(self._packed)
+        self._exchange.combine(self._batch)
+
+    def empty(self, rows: Any, shape: tuple[int, ...], dtype: DType) -> Any:
+        return _core.Tensor(shape, dtype)
+
+    def in_library_of(self, hidden: Any, memory: Any) -> Any:
+        """Our memory as a tensor of hidden's library and shape; no copy where that library makes none."""
+        library = _library_of(hidden)
+        return memory if library is None else library.from_dlpack(memory).reshape(hidden.shape)
+
+
+class _OnCuda:
+    """The same on a device: enqueued on the stream that hidden's library works on."""
+
+    def __init__(self, packed: _cuda.PackedExperts) -> None:
+        self._packed = packed
+        self._engine = extension().Engine(packed.device)
+
+    def __call__(self, hidden: Any, index: Any, weights: Any, out: Any) -> None:
+        self._engine.forward(self._packed, hidden, index, weights, out)
+
+    def empty(self, rows: Any, shape: tuple[int, ...], dtype: DType) -> Any:
+        library = _library_of(rows)
+        if library is None:
+            raise _core.ArgumentError(f"out: {type(rows).__name__} cannot be made here, give one to write to")
+        return library.empty_like(rows)
+
+    def in_library_of(self, hidden: Any, memory: Any) -> Any:
+        return memory.reshape(hidden.shape)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from ._core import SupportsDLPack
+    from .cuda import CudaEngine
 
 Backend = Literal["one", "shm", "torch"]
 
@@ -74,6 +75,10 @@ class Group:
         exchange: what carries rows between the ranks; owned by the group from now on.
         backend: what ``init(backend=...)`` calls it.
         release: called once after the exchange is closed.
+        timeout: seconds that a rank may be late.
+
+    Attributes:
+        reserved: tokens per rank that the CUDA ranks have reserved room for; ``None``: they agree in every call.
 
     Example:
         >>> import moeshard
@@ -82,14 +87,23 @@ class Group:
         [b'hello']
     """
 
-    def __init__(self, exchange: Exchange, backend: Backend, release: Callable[[], object] | None = None) -> None:
+    def __init__(
+        self,
+        exchange: Exchange,
+        backend: Backend,
+        release: Callable[[], object] | None = None,
+        timeout: float = 60.0,
+    ) -> None:
         """Take an exchange; :func:`moeshard.init` makes one."""
         self.exchange = exchange
         self.backend: Backend = backend
         self.batch = _core.Batch()  # one forward pass's state, shared by all layers of the group
         self.rank = exchange.rank
         self.size = exchange.ranks
-        self._turn = threading.Lock()
+        self.timeout = timeout
+        self.reserved: int | None = None
+        self._engine: CudaEngine | None = None
+        self._turn = threading.RLock()  # a call on CUDA starts with an all_gather of its own
         self._release = release
         self._closed = ""
         self._layers = 0
@@ -118,7 +132,7 @@ class Group:
             yield
         except Exception as error:
             if not self._closed:
-                with contextlib.suppress(_core.CommError), self._in_step():
+                with contextlib.suppress(_core.CommError), self.in_step():
                     self.exchange.refuse(f"{type(error).__name__}: {error}")
             raise
         except BaseException as error:
@@ -127,12 +141,12 @@ class Group:
 
     def gather(self, batch: _core.Batch) -> None:
         """Step 2 through the exchange; the group is closed if the ranks are out of step afterwards."""
-        with self._in_step():
+        with self.in_step():
             self.exchange.gather(batch)
 
     def combine(self, batch: _core.Batch) -> None:
         """Step 5 through the exchange; the group is closed if the ranks are out of step afterwards."""
-        with self._in_step():
+        with self.in_step():
             self.exchange.combine(batch)
 
     @contextlib.contextmanager
@@ -207,6 +221,44 @@ class Group:
                     f"ranks disagree about {name}: {values[0]} on rank 0 but {values[other]} on rank {other}"
                 )
 
+    def engine(self, device: int) -> CudaEngine:
+        """The CUDA engine of this rank. Collective the first time, when the ranks meet through NCCL.
+
+        Args:
+            device: the number of the CUDA device; each rank of a host has its own.
+
+        Raises:
+            ArgumentError: this rank has another device already.
+            CommError: NCCL is missing, or a rank could not be reached; see :mod:`moeshard.errors`.
+        """
+        if self._engine is None:
+            from .cuda import CudaEngine
+
+            self._engine = CudaEngine(self, device)
+        if self._engine.device != device:
+            raise _core.ArgumentError(
+                f"device: this rank has cuda:{self._engine.device}, it cannot use cuda:{device} too"
+            )
+        return self._engine
+
+    def reserve(self, tokens: int | None) -> None:
+        """Fix the room that the CUDA ranks exchange in every call, so that their hosts need not agree. Collective.
+
+        Without it every call of a layer starts with a message between the hosts (some ten microseconds on one host):
+        the ranks agree on the largest number of tokens. With it a layer is enqueued without waiting for anybody, and
+        can be captured in a CUDA graph; rows that a rank does not use travel all the same. On CPUs nothing changes.
+
+        Args:
+            tokens: the most that any rank will have in one call; ``None``: agree in every call again.
+
+        Raises:
+            RankMismatch: the ranks say different numbers.
+        """
+        if tokens is not None and tokens < 1:
+            raise _core.ArgumentError(f"tokens: expected a positive number or None, got {tokens}")
+        self.agree({"the tokens to reserve": str(tokens)})
+        self.reserved = tokens
+
     def new_layer(self) -> int:
         """A number for a layer, the same on all ranks: they check it in every forward pass."""
         self._layers += 1
@@ -226,9 +278,17 @@ class Group:
 
     def close(self) -> None:
         """Leave the group. Not collective: other ranks that call it afterwards see RankLost. Legal twice."""
-        self._close(f"by close() on rank {self.rank}")
+        if self._engine is not None:
+            self._engine.close()
+        self._leave(f"by close() on rank {self.rank}")
 
-    def _close(self, reason: str) -> None:
+    def abandon(self, reason: str) -> None:
+        """Close the group because the ranks are out of step: what they wait for will not come."""
+        if self._engine is not None:
+            self._engine.abort(reason)
+        self._leave(reason)
+
+    def _leave(self, reason: str) -> None:
         if not self._closed:
             self._closed = reason
             self.exchange.close()
@@ -237,19 +297,20 @@ class Group:
 
     def _interrupted(self, error: BaseException) -> None:
         if self.size > 1:
-            self._close(f"{type(error).__name__} on rank {self.rank}")
+            self.abandon(f"{type(error).__name__} on rank {self.rank}")
         else:
             self.exchange.refuse("interrupted")
 
     @contextlib.contextmanager
-    def _in_step(self) -> Iterator[None]:
+    def in_step(self) -> Iterator[None]:
+        """A call that other ranks take part in: the group is closed if the ranks are out of step afterwards."""
         self.check_open()
         try:
             yield
         except (_core.RankMismatch, _core.PeerError):
             raise  # every rank raises and stands before the next call
         except _core.CommError as error:
-            self._close(f"{type(error).__name__}: {error}")
+            self.abandon(f"{type(error).__name__}: {error}")
             raise
 
     def __enter__(self) -> Group:
@@ -370,7 +431,7 @@ def _alone() -> Group:
 
 
 def _over_shm(name: str, rank: int, ranks: int, timeout: float) -> Group:
-    return Group(_core.exchange_shm(name, rank, ranks, timeout), "shm")
+    return Group(_core.exchange_shm(name, rank, ranks, timeout), "shm", timeout=timeout)
 
 
 def _from_environment(backend: str, timeout: float) -> Group:
@@ -413,7 +474,8 @@ def _over_torch(process_group: ProcessGroup | None, backend: str, timeout: float
     name = bytes(cards[0][32:].tolist()).hex()
     stranger = next((r for r in range(size) if hosts[r] != hosts[0]), None)
     if backend == "torch" or (backend == "auto" and stranger is not None):
-        group = Group(TorchExchange(carrier), "torch", partial(_destroy, carrier) if process_group is None else None)
+        release = partial(_destroy, carrier) if process_group is None else None
+        group = Group(TorchExchange(carrier), "torch", release, timeout)
         atexit.register(group.close)
         return group
     if process_group is None:

@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from . import _core
-from .experts import ExpertWeights, Stack, dtype_name
+from .experts import ExpertWeights, PackedColumns, Stack, dtype_name
 from .functional import without_grad
 from .group import Group, init
 from .plans import Plan, PlanChoice, plan_for
 from .threads import use_threads
 
 if TYPE_CHECKING:
+    from . import _cuda
     from ._core import Activation
 
 
@@ -28,20 +29,27 @@ class ShardedExperts(nn.Module):
     :func:`moeshard.shard` puts one in the place of every MoE layer of a model; :meth:`from_weights` makes one from
     tensors. Inference only. The packed weights are no parameters: ``state_dict`` does not hold them.
 
+    The device of the packed weights decides which engine runs: on ``cuda`` a layer is enqueued on the current stream.
+
     Args:
-        packed: this rank's columns.
+        packed: this rank's columns, on the CPU or a CUDA device; of the same kind on all ranks.
         plan: which rank holds which columns.
         group: the ranks.
         layer: a number that all ranks give this layer, from ``group.new_layer()``.
         replicated: all ranks hold the same tokens, instead of each its own.
 
+    Raises:
+        ArgumentError: ``replicated`` on CUDA, which has only the tokens of each rank.
+        CommError: on CUDA, for the group's first layer: the ranks could not meet through NCCL.
+
     Attributes:
-        slots: (token, choice) pairs seen so far, over all ranks.
+        device: where the experts are and tokens are expected.
+        slots: (token, choice) pairs seen so far, over all ranks. Not counted on CUDA, nor are
         counts: ``[E]`` int64: how many of them each expert got. The others were dropped (index -1).
     """
 
     def __init__(
-        self, packed: _core.PackedExperts, plan: Plan, group: Group, *, layer: int, replicated: bool = False
+        self, packed: PackedColumns, plan: Plan, group: Group, *, layer: int, replicated: bool = False
     ) -> None:
         """Take packed weights; :meth:`from_weights` packs them."""
         super().__init__()
@@ -52,6 +60,11 @@ class ShardedExperts(nn.Module):
         self.replicated = replicated
         self.slots = 0
         self.counts = np.zeros(packed.num_experts, np.int64)
+        self.device = torch.device("cpu")
+        if not isinstance(packed, _core.PackedExperts):
+            if replicated and group.size > 1:
+                raise _core.ArgumentError("tokens: 'replicated' is not there yet on CUDA, expected 'local'")
+            self.device = torch.device("cuda", group.engine(packed.device).device)
 
     @classmethod
     def from_weights(
@@ -71,7 +84,8 @@ class ShardedExperts(nn.Module):
         """Pack this rank's columns of weights that every rank has. Collective.
 
         Args:
-            w_in: ``[E, F, D]`` (gated: ``[E, 2F, D]``, gate rows first): one tensor or a sequence of E tensors.
+            w_in: ``[E, F, D]`` (gated: ``[E, 2F, D]``, gate rows first): one tensor or a sequence of E tensors, on the
+                CPU or on this rank's CUDA device, where the layer will be.
             w_out: ``[E, D, F]``.
             b_in: ``[E, F]`` (gated: ``[E, 2F]``) or ``None``.
             b_out: ``[E, D]`` or ``None``.
@@ -105,6 +119,7 @@ class ShardedExperts(nn.Module):
         group.agree(
             {
                 "the layer": f"{sizes} {activation} gated={gated} b_in={b_in is not None} b_out={b_out is not None}",
+                "the device": sizes.device_type,
                 "dtype": storage,
                 "plan": f"{table} {table.digest}",
                 "tokens": tokens,
@@ -120,7 +135,7 @@ class ShardedExperts(nn.Module):
         """Send each token through its experts. Collective: every rank of the group calls it, with any number of tokens.
 
         Args:
-            hidden_states: ``[..., D]`` float32, bfloat16 or float16, on the CPU.
+            hidden_states: ``[..., D]`` float32, bfloat16 or float16, on the device of the layer.
             top_k_index: ``[..., K]`` int32 or int64, the experts of each token; -1 = no expert.
             top_k_weights: ``[..., K]`` float32, bfloat16 or float16, finite; multiplies each expert's output.
 
@@ -129,26 +144,46 @@ class ShardedExperts(nn.Module):
 
         Raises:
             ShapeError, DTypeError, RangeError, ArgumentError: a bad argument, on this rank; the others raise PeerError.
+                On CUDA the values of indices and weights are checked on the device: a later call raises.
             CommError: a rank is lost, late, elsewhere or failed; see :mod:`moeshard.errors`.
 
         Source: arXiv 2503.08467, algorithm 1.
         """
-        group, batch, experts = self.group, self.group.batch, self.packed.num_experts
+        inputs, packed = (hidden_states, top_k_index, top_k_weights), self.packed
+        if isinstance(packed, _core.PackedExperts):
+            out = self._on_cpu(packed, *inputs)
+        else:
+            out = self._on_cuda(packed, *inputs)
+        return out.view(hidden_states.shape)
+
+    def _on_cuda(self, packed: _cuda.PackedExperts, *inputs: torch.Tensor) -> torch.Tensor:
+        """The five steps, enqueued at once."""
+        engine = self.group.engine(packed.device)
+        with self.group.call():
+            with engine.checking():
+                hidden, index, weights = self._rows(*inputs)
+                out = torch.empty_like(hidden)
+            engine.forward(packed, hidden, index, weights, out, layer=self.layer)
+        return out
+
+    def _on_cpu(self, packed: _core.PackedExperts, *inputs: torch.Tensor) -> torch.Tensor:
+        """The five steps, one after the other."""
+        group, batch, experts = self.group, self.group.batch, packed.num_experts
         with group.call():
             with group.refusing():
                 group.check_open()
-                hidden, index, weights = self._rows(hidden_states, top_k_index, top_k_weights)
+                hidden, index, weights = self._rows(*inputs)
                 out = torch.empty_like(hidden)
                 use_threads()
                 batch.route(hidden, index, weights, experts, out, layer=self.layer, replicated=self.replicated)
             group.gather(batch)
             with group.refusing():
                 batch.group()
-                batch.ffn(self.packed)
+                batch.ffn(packed)
                 self.slots += int(batch.tokens_per_rank.sum()) * index.shape[1]
                 self.counts += batch.counts()
             group.combine(batch)
-        return out.view(hidden_states.shape)
+        return out
 
     def _rows(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -162,8 +197,9 @@ class ShardedExperts(nn.Module):
         ):
             if not isinstance(tensor, torch.Tensor):
                 raise _core.DTypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-            if tensor.device.type != "cpu":
-                raise _core.ArgumentError(f"{name}: expected a tensor on the CPU, got {tensor.device}")
+            if tensor.device != self.device:
+                where = "the CPU" if self.device.type == "cpu" else self.device
+                raise _core.ArgumentError(f"{name}: expected a tensor on {where} as the experts, got {tensor.device}")
             if not tensor.ndim:
                 raise _core.ShapeError(f"{name}: expected at least one dimension, got a scalar")
             width = tensor.shape[-1]

@@ -20,7 +20,8 @@
 #include <time.h>
 
 enum { POLL_MS = 2, WATCH_MS = 100, POLLS_PER_CALLBACK = 25 };
-static const double goodbye = 5.0; // seconds that free waits at most for ranks that are still in a collective
+static const double goodbye =
+    5.0; // seconds that free waits at most for ranks that are still in a collective
 
 typedef struct nccl_exchange {
   ms_cuda_exchange base;
@@ -50,15 +51,18 @@ static double now(void) {
 }
 
 static ms_status cuda_failed(ms_error *err, const char *call, cudaError_t error) {
-  return ms_fail(err, error == cudaErrorMemoryAllocation ? MS_ENOMEM : MS_ECOMM, "%s: %s (%d)", call,
-                 cudaGetErrorString(error), (int)error);
+  return ms_fail(err, error == cudaErrorMemoryAllocation ? MS_ENOMEM : MS_ECUDA, "%s: %s (%d)",
+                 call, cudaGetErrorString(error), (int)error);
 }
 
 // ---- failure ------------------------------------------------------------------------------------
 
-static ms_status nccl_failed(const nccl_library *nccl, nccl_comm comm, const char *call, int result, ms_error *err) {
+static ms_status nccl_failed(const nccl_library *nccl, nccl_comm comm, const char *call, int result,
+                             ms_error *err) {
   const char *more = nccl->get_last_error(comm);
-  ms_status code = result == NCCL_REMOTE_ERROR ? MS_ELOST : result == NCCL_TIMEOUT ? MS_ETIMEOUT : MS_ECOMM;
+  ms_status code = result == NCCL_REMOTE_ERROR ? MS_ELOST
+                   : result == NCCL_TIMEOUT    ? MS_ETIMEOUT
+                                               : MS_ECOMM;
   return ms_fail(err, code, "%s: %s (%d)%s%s", call, nccl->get_error_string(result), result,
                  more && *more ? ": " : "", more ? more : "");
 }
@@ -82,8 +86,8 @@ static ms_status settle(nccl_exchange *x, const char *call, int result, ms_error
   double start = now();
   for (int turn = 1; result == NCCL_IN_PROGRESS; turn++) {
     if (now() - start > x->timeout) {
-      ms_fail(err, MS_ETIMEOUT, "%s: not all of %d ranks came within %g s (this is rank %d)", call, x->base.R,
-              x->timeout, x->base.rank);
+      ms_fail(err, MS_ETIMEOUT, "%s: not all of %d ranks came within %g s (this is rank %d)", call,
+              x->base.R, x->timeout, x->base.rank);
       return give_up(x, err);
     }
     if (turn % POLLS_PER_CALLBACK == 0 && x->poll && x->poll(x->poll_context)) {
@@ -141,7 +145,8 @@ static void look(nccl_exchange *x) {
     give_up(x, &err);
   } else if (now() - x->since > x->timeout) {
     ms_fail(&err, MS_ETIMEOUT,
-            "rank %d of %d: a collective did not end within %g s, so a rank died, is late or called something else; "
+            "rank %d of %d: a collective did not end within %g s, so a rank died, is late or "
+            "called something else; "
             "what its forward wrote is not valid",
             x->base.rank, x->base.R, x->timeout);
     give_up(x, &err);
@@ -182,26 +187,28 @@ static ms_status start_watchdog(nccl_exchange *x, ms_error *err) {
 
 // ---- the exchange -------------------------------------------------------------------------------
 
-static ms_status all_gather(ms_cuda_exchange *base, const void *send, void *receive, int64_t bytes, void *stream,
-                            ms_error *err) {
+static ms_status all_gather(ms_cuda_exchange *base, const void *send, void *receive, int64_t bytes,
+                            void *stream, ms_error *err) {
   nccl_exchange *x = as_nccl(base);
   pthread_mutex_lock(&x->lock);
   ms_status status = still_good(x, err);
   if (status == MS_OK)
-    status = settle(x, "ncclAllGather",
-                    x->nccl.all_gather(send, receive, (size_t)bytes, NCCL_UINT8, x->comm, stream), err);
+    status =
+        settle(x, "ncclAllGather",
+               x->nccl.all_gather(send, receive, (size_t)bytes, NCCL_UINT8, x->comm, stream), err);
   pthread_mutex_unlock(&x->lock);
   return status;
 }
 
-static ms_status reduce_scatter(ms_cuda_exchange *base, const float *send, float *receive, int64_t count,
-                                void *stream, ms_error *err) {
+static ms_status reduce_scatter(ms_cuda_exchange *base, const float *send, float *receive,
+                                int64_t count, void *stream, ms_error *err) {
   nccl_exchange *x = as_nccl(base);
   pthread_mutex_lock(&x->lock);
   ms_status status = still_good(x, err);
   if (status == MS_OK)
     status = settle(x, "ncclReduceScatter",
-                    x->nccl.reduce_scatter(send, receive, (size_t)count, NCCL_FLOAT32, NCCL_SUM, x->comm, stream),
+                    x->nccl.reduce_scatter(send, receive, (size_t)count, NCCL_FLOAT32, NCCL_SUM,
+                                           x->comm, stream),
                     err);
   if (status == MS_OK) status = mark(x, stream, err); // it ends after the all_gather of its chunk
   pthread_mutex_unlock(&x->lock);
@@ -230,13 +237,25 @@ static void free_nccl(ms_cuda_exchange *base) {
     ms_error unused;
     x->poll = NULL;
     if (x->timeout > goodbye) x->timeout = goodbye;
-    if (settle(x, "ncclCommFinalize", x->nccl.comm_finalize(x->comm), &unused) == MS_OK) x->nccl.comm_destroy(x->comm);
+    if (settle(x, "ncclCommFinalize", x->nccl.comm_finalize(x->comm), &unused) == MS_OK)
+      x->nccl.comm_destroy(x->comm);
   }
   for (int i = 0; i < 2; i++)
     if (x->event[i]) cudaEventDestroy(x->event[i]);
   pthread_cond_destroy(&x->wake);
   pthread_mutex_destroy(&x->lock);
   free(x);
+}
+
+void ms_nccl_abort(ms_cuda_exchange *exchange, const char *why) {
+  nccl_exchange *x = as_nccl(exchange);
+  ms_error err;
+  pthread_mutex_lock(&x->lock);
+  if (x->comm) {
+    ms_fail(&err, MS_ECOMM, "%s", why);
+    give_up(x, &err);
+  }
+  pthread_mutex_unlock(&x->lock);
 }
 
 // ---- making one ---------------------------------------------------------------------------------
@@ -251,12 +270,14 @@ ms_status ms_nccl_unique_id(const char *const *search, char id[MS_NCCL_ID_BYTES]
   return MS_OK;
 }
 
-static ms_status create(const char *const *search, int32_t rank, int32_t R, int32_t device, double timeout,
-                        nccl_exchange **out, ms_error *err) {
+static ms_status create(const char *const *search, int32_t rank, int32_t R, int32_t device,
+                        double timeout, nccl_exchange **out, ms_error *err) {
   nccl_library nccl;
   if (R < 1 || R > MS_MAX_RANKS || rank < 0 || rank >= R)
     return ms_fail(err, MS_EINVAL, "nccl: rank %d of %d cannot be", rank, R);
-  if (!(timeout > 0)) return ms_fail(err, MS_EINVAL, "timeout: expected a positive number of seconds, got %g", timeout);
+  if (!(timeout > 0))
+    return ms_fail(err, MS_EINVAL, "timeout: expected a positive number of seconds, got %g",
+                   timeout);
   MS_TRY(nccl_library_load(search, &nccl, err));
   nccl_exchange *x = calloc(1, sizeof *x);
   if (!x) return ms_fail(err, MS_ENOMEM, "nccl: no memory");
@@ -279,9 +300,10 @@ static ms_status create(const char *const *search, int32_t rank, int32_t R, int3
   return MS_OK;
 }
 
-ms_status ms_cuda_exchange_nccl(const char *const *search, const char id[MS_NCCL_ID_BYTES], int32_t rank, int32_t R,
-                                int32_t device, double timeout, ms_poll *poll, void *poll_context,
-                                ms_cuda_exchange **out, ms_error *err) {
+ms_status ms_cuda_exchange_nccl(const char *const *search, const char id[MS_NCCL_ID_BYTES],
+                                int32_t rank, int32_t R, int32_t device, double timeout,
+                                ms_poll *poll, void *poll_context, ms_cuda_exchange **out,
+                                ms_error *err) {
   *out = NULL;
   nccl_exchange *x = NULL;
   MS_TRY(create(search, rank, R, device, timeout, &x, err));

@@ -28,11 +28,17 @@ ms_status ms_nccl_unique_id(const char *const *search, char id[MS_NCCL_ID_BYTES]
 // Not to be used, nor freed, in a child after fork: CUDA itself does not survive it.
 // Cost: 0.1 to some seconds; one thread that wakes ten times a second; afterwards a collective costs the host its
 // enqueueing and an event.
-// Errors: MS_EINVAL a rank or timeout that cannot be; MS_ECOMM no NCCL, or its error by name; MS_ETIMEOUT; MS_EINTR;
-// MS_ENOMEM.
-ms_status ms_cuda_exchange_nccl(const char *const *search, const char id[MS_NCCL_ID_BYTES], int32_t rank, int32_t R,
-                                int32_t device, double timeout, ms_poll *poll, void *poll_context,
-                                ms_cuda_exchange **out, ms_error *err);
+// Errors: MS_EINVAL a rank or timeout that cannot be; MS_ECOMM no NCCL, or its error by name; MS_ECUDA; MS_ETIMEOUT;
+// MS_EINTR; MS_ENOMEM.
+ms_status ms_cuda_exchange_nccl(const char *const *search, const char id[MS_NCCL_ID_BYTES],
+                                int32_t rank, int32_t R, int32_t device, double timeout,
+                                ms_poll *poll, void *poll_context, ms_cuda_exchange **out,
+                                ms_error *err);
+
+// End what waits for other ranks on the device, because they are known to be lost; check() and every later collective
+// return MS_ECOMM with `why`. For exchanges made here. Legal twice, and from any thread.
+// Cost: milliseconds; waits for kernels to leave.
+void ms_nccl_abort(ms_cuda_exchange *exchange, const char *why);
 
 #ifdef __cplusplus
 }

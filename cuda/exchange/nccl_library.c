@@ -10,7 +10,9 @@
 #include <stdlib.h> // getenv
 #include <string.h>
 
-enum { OLDEST = 21800 }; // 2.18, of torch 2.1: the first that finishes and aborts non-blocking communicators well
+enum {
+  OLDEST = 21800
+}; // 2.18, of torch 2.1: the first that finishes and aborts non-blocking communicators well
 
 static const char soname[] = "libnccl.so.2";
 
@@ -54,8 +56,8 @@ static void *try_open(const char *file, attempts *tried) {
   void *handle = dlopen(file, RTLD_NOW);
   if (handle) return handle;
   const char *why = dlerror(); // begins with the file's name
-  int more = snprintf(tried->text + tried->used, sizeof tried->text - tried->used, "%s%s", tried->used ? "; " : "",
-                      why ? why : file);
+  int more = snprintf(tried->text + tried->used, sizeof tried->text - tried->used, "%s%s",
+                      tried->used ? "; " : "", why ? why : file);
   tried->used += (size_t)more;
   if (tried->used >= sizeof tried->text) tried->used = sizeof tried->text - 1; // cut
   return NULL;
@@ -73,7 +75,8 @@ static ms_status find(const char *const *search, void **handle, ms_error *err) {
     if ((*handle = try_open(*search, &tried))) return MS_OK;
   if ((*handle = try_open(soname, &tried))) return MS_OK;
   return ms_fail(err, MS_ECOMM,
-                 "NCCL not found: install torch with CUDA or nvidia-nccl-cu13, or set MOESHARD_NCCL=.../%s. Tried: %s",
+                 "NCCL not found: install torch with CUDA or nvidia-nccl-cu13, or set "
+                 "MOESHARD_NCCL=.../%s. Tried: %s",
                  soname, tried.text);
 }
 
@@ -83,14 +86,20 @@ ms_status nccl_library_load(const char *const *search, nccl_library *out, ms_err
   MS_TRY(find(search, &handle, err));
   for (size_t i = 0; i < sizeof symbols / sizeof *symbols; i++) {
     void *symbol = dlsym(handle, symbols[i].name);
-    if (!symbol) return ms_fail(err, MS_ECOMM, "the NCCL that was loaded has no %s: %s", symbols[i].name, dlerror());
-    memcpy((char *)out + symbols[i].at, &symbol, sizeof symbol); // ISO C has no cast from object to function pointer
+    if (!symbol)
+      return ms_fail(err, MS_ECOMM, "the NCCL that was loaded has no %s: %s", symbols[i].name,
+                     dlerror());
+    memcpy((char *)out + symbols[i].at, &symbol,
+           sizeof symbol); // ISO C has no cast from object to function pointer
   }
   int result = out->get_version(&out->version);
-  if (result != NCCL_SUCCESS) return ms_fail(err, MS_ECOMM, "ncclGetVersion: %s", out->get_error_string(result));
+  if (result != NCCL_SUCCESS)
+    return ms_fail(err, MS_ECOMM, "ncclGetVersion: %s", out->get_error_string(result));
   if (out->version < OLDEST) {
-    int v = out->version, minor = v / 100 % 100; // numbers below 2.9 were made otherwise: 2804 is 2.8.4
-    return ms_fail(err, MS_ECOMM, "NCCL %d.%d is too old: 2.18 or newer is needed (ncclGetVersion said %d)",
+    int v = out->version,
+        minor = v / 100 % 100; // numbers below 2.9 were made otherwise: 2804 is 2.8.4
+    return ms_fail(err, MS_ECOMM,
+                   "NCCL %d.%d is too old: 2.18 or newer is needed (ncclGetVersion said %d)",
                    v < 10000 ? v / 1000 : v / 10000, v < 10000 ? v / 100 % 10 : minor, v);
   }
   return MS_OK;

@@ -14,9 +14,14 @@ typedef struct nccl_id { // travels by value in ncclCommInitRankConfig
   char bytes[MS_NCCL_ID_BYTES];
 } nccl_id;
 
-enum { NCCL_SUCCESS = 0, NCCL_REMOTE_ERROR = 6, NCCL_IN_PROGRESS = 7, NCCL_TIMEOUT = 8 }; // of ncclResult_t
+enum {
+  NCCL_SUCCESS = 0,
+  NCCL_REMOTE_ERROR = 6,
+  NCCL_IN_PROGRESS = 7,
+  NCCL_TIMEOUT = 8
+};                                         // of ncclResult_t
 enum { NCCL_UINT8 = 1, NCCL_FLOAT32 = 7 }; // of ncclDataType_t
-enum { NCCL_SUM = 0 }; // of ncclRedOp_t
+enum { NCCL_SUM = 0 };                     // of ncclRedOp_t
 
 // ncclConfig_t as of 2.18. Newer libraries read `size` and `version` and take their defaults for what came later.
 typedef struct nccl_config {
@@ -34,14 +39,16 @@ typedef struct nccl_library {
   int (*get_unique_id)(nccl_id *id);
   const char *(*get_error_string)(int result);
   const char *(*get_last_error)(nccl_comm comm);
-  int (*comm_init_rank_config)(nccl_comm *comm, int ranks, nccl_id id, int rank, nccl_config *config);
+  int (*comm_init_rank_config)(nccl_comm *comm, int ranks, nccl_id id, int rank,
+                               nccl_config *config);
   int (*comm_get_async_error)(nccl_comm comm, int *result);
   int (*comm_finalize)(nccl_comm comm);
   int (*comm_destroy)(nccl_comm comm);
   int (*comm_abort)(nccl_comm comm);
-  int (*all_gather)(const void *send, void *receive, size_t count, int dtype, nccl_comm comm, void *stream);
-  int (*reduce_scatter)(const void *send, void *receive, size_t count, int dtype, int op, nccl_comm comm,
-                        void *stream);
+  int (*all_gather)(const void *send, void *receive, size_t count, int dtype, nccl_comm comm,
+                    void *stream);
+  int (*reduce_scatter)(const void *send, void *receive, size_t count, int dtype, int op,
+                        nccl_comm comm, void *stream);
 } nccl_library;
 
 // Find NCCL, in this order: the file that MOESHARD_NCCL names (and no other); the copy that is in the process already

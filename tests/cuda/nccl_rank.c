@@ -31,7 +31,8 @@ static void must(ms_status status) {
 }
 
 static void cuda(cudaError_t error) {
-  if (error != cudaSuccess) leave(ms_fail(&err, MS_ECOMM, "the test's own call: %s", cudaGetErrorString(error)));
+  if (error != cudaSuccess)
+    leave(ms_fail(&err, MS_ECOMM, "the test's own call: %s", cudaGetErrorString(error)));
 }
 
 static void expect(float got, float wanted, const char *what) {
@@ -44,7 +45,8 @@ static void share_id(int rank, const char *file, char id[MS_NCCL_ID_BYTES]) {
     char unready[512];
     snprintf(unready, sizeof unready, "%s.unready", file);
     must(ms_nccl_unique_id(NULL, id, &err));
-    if (!(f = fopen(unready, "w")) || fwrite(id, MS_NCCL_ID_BYTES, 1, f) != 1 || fclose(f) || rename(unready, file))
+    if (!(f = fopen(unready, "w")) || fwrite(id, MS_NCCL_ID_BYTES, 1, f) != 1 || fclose(f) ||
+        rename(unready, file))
       _exit(3);
   } else {
     while (!(f = fopen(file, "r"))) usleep(1000);
@@ -63,7 +65,8 @@ static void check_sum(ms_cuda_exchange *x, cudaStream_t stream, const float *sum
   float host[COUNT];
   cuda(cudaMemcpyAsync(host, sum, sizeof host, cudaMemcpyDeviceToHost, stream));
   cuda(cudaStreamSynchronize(stream));
-  for (int i = 0; i < COUNT; i++) expect(host[i], (float)(x->R * (1000 * x->rank + i)), "the sum over the ranks");
+  for (int i = 0; i < COUNT; i++)
+    expect(host[i], (float)(x->R * (1000 * x->rank + i)), "the sum over the ranks");
 }
 
 int main(int argc, char **argv) {
@@ -94,7 +97,7 @@ int main(int argc, char **argv) {
   if (last && !strcmp(deed, "stall")) pause();
   if (strcmp(deed, "work") != 0) {
     work(x, stream, own, all, sum);
-    cudaStreamSynchronize(stream); // comes back, whatever it says: nothing may hang
+    cudaStreamSynchronize(stream);  // comes back, whatever it says: nothing may hang
     for (int i = 0; i < 100; i++) { // the watchdog looks ten times a second
       must(x->check(x, &err));
       usleep(100000);
