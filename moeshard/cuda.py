@@ -101,8 +101,9 @@ class CudaEngine:
 
     @contextlib.contextmanager
     def checking(self) -> Iterator[None]:
-        """Work that stands before :meth:`forward`: if it fails here, the other ranks hear of it."""
+        """Work of a call that stands before :meth:`forward`: if it fails here, the other ranks hear of it."""
         group = self._group
+        self._calls += 1
         if group.size == 1:
             yield
         elif group.reserved is None:
@@ -122,7 +123,7 @@ class CudaEngine:
         *,
         layer: int,
     ) -> None:
-        """Enqueue a layer on the current stream, within ``group.call()``. Collective.
+        """Enqueue a layer on the current stream, within ``group.call()`` and after :meth:`checking`. Collective.
 
         Args:
             experts: this rank's columns, on the device.
@@ -169,7 +170,6 @@ class CudaEngine:
 
     def _agree(self, layer: int, experts: _cuda.PackedExperts, hidden: Rows, index: Rows) -> int:
         """The most tokens that a rank has in this call."""
-        self._calls += 1
         dtype = DTYPES.index(str(hidden.dtype).removeprefix("torch."))
         facts = (self._calls, layer, hidden.shape[0], experts.d_model, index.shape[1], experts.num_experts, dtype, 0)
         told = self._group.all_gather(np.array(facts, np.int64).tobytes())  # ms_header of csrc/moeshard.h

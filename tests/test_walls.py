@@ -53,7 +53,8 @@ def test_only_the_binding_includes_python() -> None:
 
 def test_only_cuda_includes_cuda_headers() -> None:
     assert not found(
-        r"#\s*include.*(cuda\w*\.h|nccl\.h|cub/|cooperative_groups|cublas)", outside("cuda", "tests/cuda", "tests/ptxsim")
+        r"#\s*include.*(cuda\w*\.h|nccl\.h|cub/|cooperative_groups|cublas)",
+        outside("cuda", "tests/cuda", "tests/ptxsim"),
     )
 
 
