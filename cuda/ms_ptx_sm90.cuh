@@ -42,10 +42,14 @@ __device__ __forceinline__ void ms_mbarrier_wait(uint32_t barrier, uint32_t pari
 
 // ---- copies that wgmma reads -----------------------------------------------------------------------------------
 
-// 16 bytes from global to shared memory, of which the first `bytes` (0..16) are read and the rest becomes zero.
-// Past L1: what is copied is read once by this block.
-__device__ __forceinline__ void ms_copy16(uint32_t shared, const void *global, uint32_t bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes)
+// 16 bytes from global to shared memory, or 16 zero bytes and no read. Past L1: this block reads them once.
+__device__ __forceinline__ void ms_copy16(uint32_t shared, const void *global, bool read) {
+  asm volatile("{\n"
+               ".reg .pred zeros;\n"
+               "setp.eq.u32 zeros, %2, 0;\n"
+               "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, zeros;\n"
+               "}" ::"r"(shared),
+               "l"(global), "r"((uint32_t)read)
                : "memory");
 }
 __device__ __forceinline__ void ms_copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

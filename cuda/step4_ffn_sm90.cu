@@ -5,6 +5,7 @@
 #include "step4_ffn_sm90.cuh"
 
 #include <atomic>
+#include <limits.h>
 
 namespace {
 
@@ -45,6 +46,8 @@ ms_status launch(const ms_cuda_shape *shape, const ms_cuda_view *view, ms_activa
   it.blocks = (int32_t)(((UP ? shape->F : shape->D) + it.block - 1) / it.block);
   int64_t items = (int64_t)shape->max_tiles * it.blocks;
   if (items == 0) return MS_OK;
+  if (items > INT32_MAX - shape->sms)
+    return ms_fail(err, MS_ESHAPE, "ffn on wgmma: %lld tiles are too many", (long long)items);
   MS_TRY(allow_shared<kernel>(bytes, err));
   kernel<<<(unsigned)(items < shape->sms ? items : shape->sms), MS_SM90_THREADS, bytes, (cudaStream_t)stream>>>(
       it, *view, activation);

@@ -3,9 +3,9 @@
 //   up     H[i, :]    = act(X[token of order[i], :] . w_in[e]^T + b_in[e])            (gated: act(gate) * up)
 //   down   slot[s, :] = weight[s] * (H[i, :] . w_out[e]^T + b_out[e]),  s = order[i]
 //
-// Operands lie as moeshard_cuda.h says, K (D for up, the expert's width for down) contiguous, rows 16-byte aligned.
-// What is beyond K, beyond the expert's rows, beyond its width is filled with zeros by the copies: nothing of it is
-// read. H gets zeros in the columns from the expert's width to the next 16 bytes.
+// Operands lie as moeshard_cuda.h says: K (D for up, the expert's width for down) contiguous, rows aligned to and
+// padded with zeros to 16 bytes. What is beyond a row, beyond the tile's rows, beyond the expert's width is not read:
+// the copies put zeros there. H gets its zeros from the expert's width to the next 16 bytes here.
 //
 // One block per multiprocessor, 384 threads, works through the items (tile of rows, 256 columns) that the table of
 // tiles makes:
@@ -21,7 +21,7 @@
 //   stage, 128-row tiles: A [128 rows][128 bytes] B [256 rows][128 bytes], pieces swizzled by row % 8: 48 KiB, 4 of
 //   them; 64-row tiles: 40 KiB, 5 of them. Beside them 2 KiB for each multiplying warp, through which its results
 //   become whole lines. One block fits: 209 (217) KiB of 227.
-//   Registers: 168 at launch = 56 for the copying threads + 224 for the others (128 sums each).
+//   Registers: 168 at launch, then 64 for the copying threads and 216 for the others (128 sums each).
 //
 // Gated: B interleaves 8 gate columns and 8 up columns, so that both sums of a hidden column meet in one thread.
 //
@@ -43,8 +43,8 @@
 
 enum : int32_t {
   MS_SM90_THREADS = 384,
-  MS_SM90_COPY_REGISTERS = 56,
-  MS_SM90_MULTIPLY_REGISTERS = 224,
+  MS_SM90_COPY_REGISTERS = 64,
+  MS_SM90_MULTIPLY_REGISTERS = 216,
   MS_SM90_COLUMNS = 256, // of B in a stage
   MS_SM90_BAND = 16,     // tiles that share their column blocks
   MS_SM90_ROW = 128,     // bytes of K in a stage: 64 elements
@@ -91,10 +91,10 @@ struct ms_sm90_launch {
 
 // Item i, or false if it has nothing to do: a column block that its expert is too narrow for.
 template <bool UP>
-__device__ __forceinline__ bool ms_sm90_item_of(const ms_sm90_launch &launch, const ms_cuda_view &view, int64_t i,
+__device__ __forceinline__ bool ms_sm90_item_of(const ms_sm90_launch &launch, const ms_cuda_view &view, int32_t i,
                                                 int32_t tiles, ms_sm90_item &item) {
-  int64_t band_items = (int64_t)MS_SM90_BAND * launch.blocks;
-  int32_t first = (int32_t)(i / band_items) * MS_SM90_BAND, at = (int32_t)(i % band_items);
+  int32_t band_items = MS_SM90_BAND * launch.blocks;
+  int32_t first = i / band_items * MS_SM90_BAND, at = i % band_items;
   int32_t band = min((int32_t)MS_SM90_BAND, tiles - first);
   item.tile = view.tiles[first + at % band];
   item.expert = view.experts[item.tile.expert];
@@ -111,9 +111,9 @@ template <int ROWS> struct ms_sm90_copies {
   const char *a_base, *b_first; // at this thread's piece
   uint32_t a_row[ROWS / 16];    // 16-byte units from a_base
   int32_t a_rows;               // of the tile, less this thread's first
-  int64_t b_stride;             // bytes from one of its rows of B to the next
+  int32_t b_stride;             // bytes from one of its rows of B to the next
   int32_t b_step, b_columns;    // columns from row to row; columns there are, less this thread's first
-  int32_t depth;                // bytes of K that a row has, less this thread's piece
+  int32_t depth;                // bytes of K in a row, less those before this thread's piece
 };
 
 template <bool UP, bool GATED, int ROWS>
@@ -140,7 +140,7 @@ __device__ __forceinline__ ms_sm90_copies<ROWS> ms_sm90_copies_of(const ms_sm90_
   copies.b_step = GATED ? 8 : 16;
   copies.b_columns = (UP ? expert.width : launch.D) - column;
   copies.b_first = (const char *)(UP ? expert.w_in : expert.w_out) + row * ld * 2 + piece * 16;
-  copies.b_stride = copies.b_step * ld * 2;
+  copies.b_stride = copies.b_step * (int32_t)ld * 2;
   copies.depth = (UP ? launch.D : expert.width) * 2 - piece * 16;
   return copies;
 }
@@ -150,16 +150,16 @@ template <int ROWS>
 __device__ __forceinline__ void ms_sm90_copy_step(const ms_sm90_copies<ROWS> &copies, int32_t step, uint32_t to_a,
                                                   uint32_t to_b) {
   int32_t at = step * MS_SM90_ROW;
-  int32_t bytes = max(0, min(16, copies.depth - at));
-  if (bytes == 0) at = 0; // a piece beyond the row: the address must still be one of ours
+  bool inside = at < copies.depth;
+  if (!inside) at = 0; // beyond the row: the address must still be one of ours
 #pragma unroll
   for (int i = 0; i < ROWS / 16; i++)
     ms_copy16(to_a + i * 16 * MS_SM90_ROW, copies.a_base + (int64_t)copies.a_row[i] * 16 + at,
-              16 * i < copies.a_rows ? bytes : 0);
+              inside && 16 * i < copies.a_rows);
   const char *b = copies.b_first + at;
 #pragma unroll
   for (int i = 0; i < MS_SM90_COLUMNS / 16; i++, b += copies.b_stride)
-    ms_copy16(to_b + i * 16 * MS_SM90_ROW, b, i * copies.b_step < copies.b_columns ? bytes : 0);
+    ms_copy16(to_b + i * 16 * MS_SM90_ROW, b, inside && i * copies.b_step < copies.b_columns);
 }
 
 template <bool UP, bool GATED, int ROWS>
@@ -182,7 +182,7 @@ __device__ __forceinline__ void ms_sm90_copy(const ms_sm90_launch &launch, const
     if (threadIdx.x % 32 == 0) ms_mbarrier_arrive(shared + layout::FULL_AT + landed.stage * 8);
     landed.next();
   };
-  for (int64_t i = blockIdx.x; i < (int64_t)tiles * launch.blocks; i += gridDim.x) {
+  for (int32_t i = blockIdx.x; i < tiles * launch.blocks; i += gridDim.x) {
     ms_sm90_item item;
     if (!ms_sm90_item_of<UP>(launch, view, i, tiles, item)) continue;
     auto copies = ms_sm90_copies_of<UP, GATED, ROWS>(launch, view, item, thread);
@@ -227,9 +227,9 @@ __device__ __forceinline__ void ms_sm90_store_h(const ms_sm90_launch &launch, co
   constexpr int GROUPS = SUMS / (GATED ? 8 : 4); // of 8 columns of H
   const int32_t lane = threadIdx.x % 32, width = item.expert.width;
   const float *bias = item.expert.b_in;
-  auto biased = [&](int group, int c, const float *b, int at) { // sums c and c + 2 are of one column
+  auto biased = [&](int group, int c, int32_t skip, int at) { // sums c and c + 2 are of one column
     int32_t column = place.column + group * 8 + lane % 4 * 2 + c;
-    float add = b && column < width ? b[column] : 0.f;
+    float add = bias && column < width ? __ldg(bias + (column + skip)) : 0.f;
     return make_float2(sum[at + c] + add, sum[at + c + 2] + add);
   };
 #pragma unroll
@@ -244,11 +244,11 @@ __device__ __forceinline__ void ms_sm90_store_h(const ms_sm90_launch &launch, co
 #pragma unroll
         for (int c = 0; c < 2; c++)
           if (GATED) {
-            float2 gate = biased(group + g, c, bias, 8 * (group + g));
-            float2 up = biased(group + g, c, bias ? bias + width : nullptr, 8 * (group + g) + 4);
+            float2 gate = biased(group + g, c, 0, 8 * (group + g));
+            float2 up = biased(group + g, c, width, 8 * (group + g) + 4);
             h[c] = make_float2(ms_activate<ACTIVATION>(gate.x) * up.x, ms_activate<ACTIVATION>(gate.y) * up.y);
           } else {
-            float2 s = biased(group + g, c, bias, 4 * (group + g));
+            float2 s = biased(group + g, c, 0, 4 * (group + g));
             h[c] = make_float2(ms_activate<ACTIVATION>(s.x), ms_activate<ACTIVATION>(s.y));
           }
         fragment[2 * g] = ms_round2<Storage>(h[0].x, h[1].x);
@@ -309,21 +309,17 @@ __device__ __forceinline__ void ms_sm90_store_slots(const ms_sm90_launch &launch
     if (bias)
 #pragma unroll
       for (int c = 0; c < 4; c++)
-        if (c < there) b[c] = bias[column + c];
+        if (c < there) b[c] = __ldg(bias + column + c);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       uint4 raw = ms_sm90_load_staged(ms_sm90_staged(place.staging, 4 * i + lane / 8, lane % 8));
       float4 y = make_float4(weight[i] * (__uint_as_float(raw.x) + b[0]), weight[i] * (__uint_as_float(raw.y) + b[1]),
                              weight[i] * (__uint_as_float(raw.z) + b[2]), weight[i] * (__uint_as_float(raw.w) + b[3]));
-      if (!to[i] || there <= 0) continue;
-      if (launch.D % 4 == 0)
-        *(float4 *)(to[i] + column) = y;
-      else {
-        to[i][column] = y.x;
-        if (there > 1) to[i][column + 1] = y.y;
-        if (there > 2) to[i][column + 2] = y.z;
-        if (there > 3) to[i][column + 3] = y.w;
-      }
+      if (launch.D % 4 == 0) {
+        if (to[i] && there > 0) *(float4 *)(to[i] + column) = y;
+      } else if (to[i])
+#pragma unroll 1
+        for (int c = 0; c < there && c < 4; c++) to[i][column + c] = c == 0 ? y.x : c == 1 ? y.y : c == 2 ? y.z : y.w;
     }
   }
 }
@@ -345,7 +341,7 @@ __device__ __forceinline__ void ms_sm90_multiply(const ms_sm90_launch &launch, c
   auto release = [&](uint32_t stage) {
     if (leader) ms_mbarrier_arrive(shared + layout::EMPTY_AT + stage * 8);
   };
-  for (int64_t i = blockIdx.x; i < (int64_t)tiles * launch.blocks; i += gridDim.x) {
+  for (int32_t i = blockIdx.x; i < tiles * launch.blocks; i += gridDim.x) {
     ms_sm90_item item;
     if (!ms_sm90_item_of<UP>(launch, view, i, tiles, item)) continue;
     place.column = item.column + half;

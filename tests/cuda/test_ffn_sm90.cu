@@ -7,7 +7,8 @@
 //   test_ffn_sm90 --time        TFLOP/s of up and down (medians, CUDA events); a few rows checked
 //
 // Operands are hashes of their position, made on the device, so that any of them can be known here without a copy.
-// What lies beyond rows, columns and K is NaN: reading it shows.
+// Rows are padded with zeros to 16 bytes; what lies beyond that, and beyond rows and columns, is NaN: reading it
+// shows.
 // Tolerance: rounding of H to 16 bits, and 3e-5 of the sum of |products|, which covers fp32 sums in tensor cores
 // that cut (arXiv 2511.10909).
 //
@@ -52,7 +53,7 @@ __host__ __device__ inline float element(uint64_t which, uint64_t row, uint64_t 
 template <typename Storage>
 __global__ void fill(Storage *matrix, uint64_t which, int64_t first_row, int64_t rows, int64_t columns, int64_t ld) {
   for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < rows * ld; i += (int64_t)gridDim.x * blockDim.x)
-    matrix[i] = (Storage)(i % ld < columns ? element(which, first_row + i / ld, i % ld) : NAN);
+    matrix[i] = (Storage)(i % ld < columns ? element(which, first_row + i / ld, i % ld) : 0.f);
 }
 
 __global__ void checksum(const uint32_t *words, int64_t count, unsigned long long *sum) {
