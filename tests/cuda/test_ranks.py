@@ -76,9 +76,10 @@ class Layer:
         for expert in range(case.experts):
             stacks = (self.given[name] for name in ("w_in", "w_out", "b_in", "b_out"))
             self.packed.pack(expert, *(None if stack is None else stack[expert] for stack in stacks))
-        if group._engine is None or chunks != 1:
-            group._engine = cuda.CudaEngine(group, group.rank, chunks=chunks)
-        self.engine = group.engine(group.rank)
+        kept = moeshard.worker_state.setdefault((group, "engines"), {})  # one for each number of chunks
+        if chunks not in kept:
+            kept[chunks] = cuda.CudaEngine(group, group.rank, chunks=chunks)
+        self.engine = group._engine = kept[chunks]
 
     def enqueue(self, tokens, **change):
         """A call with this rank's share of the tokens; the tensor that it writes."""
