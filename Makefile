@@ -19,6 +19,7 @@ HEADERS := $(wildcard csrc/*.h csrc/*/*.h)
 KERNELS := csrc/kernels/kernels.c# compiled once per instruction set
 CORE := $(filter-out $(KERNELS),$(wildcard csrc/*.c csrc/base/*.c csrc/plan/*.c csrc/exchange/*.c csrc/kernels/*.c))
 BINDING := $(wildcard csrc/python/*.c)
+CUDA := $(wildcard cuda/*.c cuda/*.h cuda/*.cu cuda/*.cuh cuda/*/*.[ch])
 
 .PHONY: help
 help: ## this list
@@ -37,7 +38,7 @@ build: .venv/.built $(OLD)/.installed ## make .venv: moeshard (editable) and all
 	$(PIP) install "$(TORCH)" --editable ".[hf,demo,notebooks,dev]"
 	touch $@
 
-.venv/.built: .venv/.packages setup.py $(HEADERS) $(CORE) $(KERNELS) $(BINDING)
+.venv/.built: .venv/.packages setup.py $(HEADERS) $(CORE) $(KERNELS) $(BINDING) $(CUDA)
 	$(PY) setup.py -q build_ext --inplace
 	touch $@
 
@@ -106,12 +107,45 @@ test-c: test-c-asan test-c-tsan ## the C core alone, under address, undefined an
 test-c-asan test-c-tsan: test-c-%: $(C_TESTS:tests/c/%.c=build/\%/%)
 	@for program in $^; do echo "$$program"; $(RUN_$*) $$program; done
 
+# ---- CUDA: on a GPU if this machine has one, else on ptxsim (tests/ptxsim/README.md) --------------
+
+# Everything in a folder of its own, with PTX, which ptxsim runs and later devices can compile.
+GPU := build/gpu
+GPU_ARCHS := 80+PTX;90a+PTX
+GPU_TESTS := $(patsubst tests/cuda/%.cu,$(GPU)/%,$(wildcard tests/cuda/test_*.cu))
+REAL_GPU := $(shell nvidia-smi -L 2>/dev/null)
+SIMULATOR := $(if $(REAL_GPU),,tests/ptxsim/build)
+# A program named *_sm90 is for compute capability 9.0 and is told so; the others run as on an A100.
+RUN_GPU := $(if $(REAL_GPU),,LD_LIBRARY_PATH=$(CURDIR)/$(SIMULATOR))
+
+.PHONY: test-gpu
+test-gpu: build $(GPU)/.built $(GPU_TESTS) $(SIMULATOR) ## the CUDA engine, on a GPU or without one; needs nvcc
+	@for program in $(GPU_TESTS); do echo "$$program"; \
+	  case $$program in *_sm90) sm=90;; *) sm=80;; esac; env $(RUN_GPU) PTXSIM_SM=$$sm $$program; done
+	env $(RUN_GPU) PYTHONPATH=$(GPU)/lib .venv/bin/pytest -rs tests/cuda $(PYTEST)
+
+$(GPU)/.built: setup.py $(HEADERS) $(CORE) $(KERNELS) $(BINDING) $(CUDA) $(wildcard moeshard/*.py moeshard/*/*.py)
+	MOESHARD_CUDA=1 MOESHARD_CUDA_ARCHS="$(GPU_ARCHS)" \
+	  $(PY) setup.py -q build --build-lib $(GPU)/lib --build-temp $(GPU)/temp
+	touch $@
+
+# The C core and the launchers as setup.py has compiled them, without Python's binding.
+$(GPU)/%: tests/cuda/%.cu $(GPU)/.built csrc/reference.c
+	nvcc -O3 -std=c++17 -cudart shared -lineinfo $(if $(findstring sm90,$*),,\
+	  -gencode arch=compute_80,code=sm_80 -gencode arch=compute_80,code=compute_80) \
+	  -gencode arch=compute_90a,code=sm_90a -gencode arch=compute_90a,code=compute_90a -DMS_CUDA_SM90 \
+	  -o $@ $< csrc/reference.c $$(find $(GPU)/temp -name '*.o' -not -path '*/python/*') -ldl -lrt -lpthread
+
+.PHONY: tests/ptxsim/build
+tests/ptxsim/build:
+	$(MAKE) -s -C tests/ptxsim
+
 .PHONY: lint
 lint: build build/analyzer.h ## ruff, mypy, clang-format, gcc's warnings and analyzer; changes nothing
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy --strict moeshard
-	.venv/bin/clang-format --dry-run -Werror $(HEADERS) $(CORE) $(KERNELS) $(BINDING) $(wildcard tests/c/*.[ch])
+	.venv/bin/clang-format --dry-run -Werror $(HEADERS) $(CORE) $(KERNELS) $(BINDING) $(CUDA) $(wildcard tests/c/*.[ch])
 	gcc -std=gnu11 -fsyntax-only -O2 $(WARNINGS) $(CORE) -Icsrc $(C_TESTS)
 	gcc -std=gnu11 -fsyntax-only -O2 $(WARNINGS) $(BINDING) -Icsrc $$($(PY) -c 'import numpy, sysconfig; \
 	  print("-isystem", sysconfig.get_path("include"), "-isystem", numpy.get_include())')
@@ -132,7 +166,7 @@ build/analyzer.h: Makefile
 format: build ## let ruff and clang-format rewrite the sources
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	.venv/bin/clang-format -i $(HEADERS) $(CORE) $(KERNELS) $(BINDING) $(wildcard tests/c/*.[ch])
+	.venv/bin/clang-format -i $(HEADERS) $(CORE) $(KERNELS) $(BINDING) $(CUDA) $(wildcard tests/c/*.[ch])
 
 # ---- packages -----------------------------------------------------------------------------------
 
@@ -144,6 +178,6 @@ wheel: build ## dist/moeshard-*.whl
 
 .PHONY: clean
 clean: ## remove all that make has made
-	rm -rf .venv build dist moeshard.egg-info .mypy_cache .ruff_cache .pytest_cache moeshard/_core*.so \
+	rm -rf .venv build dist moeshard.egg-info .mypy_cache .ruff_cache .pytest_cache moeshard/_core*.so moeshard/_cuda*.so tests/ptxsim/build tests/ptxsim/tests/bin \
 	  moeshard-demo.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -75,9 +75,9 @@ if sanitizers := os.environ.get("MOESHARD_SANITIZE"):
 CUDA_CHOICE = os.environ.get("MOESHARD_CUDA", "auto")
 CUDA_RUNTIME = "libcudart.so.13"
 CUDA_ARCHS = os.environ.get("MOESHARD_CUDA_ARCHS", "80+PTX;90a;100a").split(";")
-# _cuda links these files of _core, so that tensors and errors are the same in both.
+# _cuda links these files of _core, so that tensors, errors and the check of headers are the same in both.
 CUDA_SOURCES = [
-    "csrc/base/error.c",
+    *(f"csrc/{name}.c" for name in ("base/error", "base/memory", "exchange/exchange", "step2_gather")),
     *(f"csrc/python/{name}.c" for name in ("arrays", "error", "experts_args", "routing_args", "state", "tensor")),
     "csrc/python/tensor_view.c",
     *sorted(glob("cuda/*.c") + glob("cuda/exchange/*.c") + glob("cuda/python/*.c")),

@@ -78,9 +78,19 @@ typedef struct ms_cuda_header {
   uint64_t call;
   int64_t layer, T; // T: tokens that this rank has; rows beyond are absent (expert -1)
   int32_t D, K, E, dtype, replicated;
-  int32_t fault; // 0, or what this rank's router did wrong: then no rank computes
-  int64_t fault_at;
+  int32_t fault;       // an ms_cuda_fault_kind: what this rank's router did wrong; then no rank computes
+  int32_t fault_index; // MS_CUDA_BAD_INDEX: the index
+  int64_t fault_at;    // the first slot that is wrong
 } ms_cuda_header;
+
+typedef enum ms_cuda_fault_kind { MS_CUDA_NO_FAULT = 0, MS_CUDA_BAD_INDEX, MS_CUDA_BAD_WEIGHT } ms_cuda_fault_kind;
+
+// What the device tells the host, in host memory that it can write: the headers of a call that did not compute.
+typedef struct ms_cuda_faults {
+  int32_t found; // nonzero: headers holds what was gathered
+  int32_t padding;
+  ms_cuda_header headers[]; // [R]
+} ms_cuda_faults;
 
 typedef struct ms_cuda_shape {
   // given
@@ -100,7 +110,8 @@ typedef struct ms_cuda_shape {
   int32_t max_tiles;     // slots / tile_rows + min(E, slots): what the table of tiles may need
   int64_t expert_at, weight_at, hidden_at, message_bytes; // message of one rank
   // workspace: offsets in bytes, each a multiple of 256
-  int64_t messages_at, counts_at, offset_at, order_at, tiles_at, h_at, slot_at, partial_at, flags_at;
+  int32_t sort_chunks; // pieces of the slots that are sorted side by side; 0: one block sorts all in shared memory
+  int64_t messages_at, counts_at, offset_at, order_at, tiles_at, h_at, slot_at, partial_at;
   int64_t workspace_bytes;
 } ms_cuda_shape;
 
@@ -119,7 +130,8 @@ typedef struct ms_cuda_view { // one chunk in the workspace; passed by value to 
   const char *messages;   // expert and weight of rank r at messages + r*message_bytes + {expert,weight}_at
   int64_t hidden_stride;  // bytes
   // group
-  int32_t *counts;        // scratch of group
+  int32_t *tickets;       // [MS_CUDA_TICKETS] at the start of the workspace, zero between kernels
+  int32_t *counts;        // scratch of gather and group
   int32_t *offset;        // [E+1]
   int32_t *order;         // [slots] slot = n*K + j, by expert, stable
   ms_cuda_tile *tiles;    // [max_tiles]
@@ -130,20 +142,25 @@ typedef struct ms_cuda_view { // one chunk in the workspace; passed by value to 
   float *slot;            // [slots, D] by slot number; K = 1: the same memory as partial
   // combine
   float *partial;         // [N, D]
-  int32_t *flags;         // device: faults found (header check, routing range), read by the host at the next call
+  ms_cuda_faults *faults; // written when the headers disagree or tell of a fault; read by the host at the next call
 } ms_cuda_view;
 
+enum {
+  MS_CUDA_TICKETS = 64,      // int32 counters for the blocks of one launch
+  MS_CUDA_ROUTE_BLOCKS = 128 // blocks that check the routing, at most
+};
+
 ms_cuda_view ms_cuda_view_of(const ms_cuda_shape *shape, const ms_cuda_experts *experts, void *workspace,
-                             const void *hidden_in_place);
+                             const void *hidden_in_place, ms_cuda_faults *faults);
 
 // ---- the five steps: launchers (.cu), one or two launches each, asynchronous ---------------------
 
 // Write this rank's message: header, expert (int32, range-checked), weight (float, finite-checked), hidden.
 //   hidden [tokens, D]; index [tokens, K] int32 or int64; weight [tokens, K] float32, bfloat16 or float16: device
-ms_status ms_cuda_gather_pack(const ms_cuda_shape *shape, const ms_cuda_header *header, const void *hidden,
-                              const void *index, ms_dtype index_dtype, const void *weight,
-                              ms_dtype weight_dtype, int64_t tokens, void *message, void *stream,
-                              ms_error *err);
+// The message goes to this rank's place among the gathered ones.
+ms_status ms_cuda_gather_pack(const ms_cuda_shape *shape, const ms_cuda_view *view, const ms_cuda_header *header,
+                              const void *hidden, const void *index, ms_dtype index_dtype, const void *weight,
+                              ms_dtype weight_dtype, void *stream, ms_error *err);
 // Check the headers of all ranks, sort the slots, write the table of tiles.
 ms_status ms_cuda_group(const ms_cuda_shape *shape, const ms_cuda_view *view, void *stream, ms_error *err);
 // H = act(X . w_in^T + b_in) (* gate)
@@ -191,7 +208,11 @@ typedef struct ms_cuda_call {
 } ms_cuda_call;
 
 // Enqueue a whole layer on `stream`. Faults of an earlier call (routing out of range, ranks that disagree) are raised
-// here, by the first call after the device found them; ms_cuda_engine_faults waits and raises them at once.
+// here, by the first call after the device found them and after this call is enqueued, so that no rank waits for it;
+// ms_cuda_engine_faults waits and raises them at once. A fault is raised once.
+// Cost: no allocation but when the shape grows, no synchronisation.
+// Errors: MS_ESHAPE, MS_EDTYPE, MS_EINVAL (a growing shape while a graph is captured); MS_ENOMEM; MS_ECUDA; of an
+// earlier call MS_ERANGE (MS_EPEER on the other ranks) and MS_EMISMATCH; MS_ECOMM, MS_ELOST, MS_ETIMEOUT.
 ms_status ms_cuda_forward(ms_cuda_engine *engine, const ms_cuda_experts *experts, const ms_cuda_call *call,
                           void *stream, ms_error *err);
 ms_status ms_cuda_engine_faults(ms_cuda_engine *engine, ms_error *err);

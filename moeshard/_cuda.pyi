@@ -2,12 +2,18 @@
 """Types of the CUDA extension. What each does, its shapes and errors: help(name)."""
 
 from collections.abc import Sequence
-from typing import Self, final
+from typing import Final, Self, final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ._core import Activation, DType, SupportsDLPack
+
+__version__: Final[str]
+
+def device_count() -> int: ...
+def device_capability(device: int, /) -> tuple[int, int]: ...
+def runtime_version() -> int: ...  # 13000: 13.0
 
 @final
 class PackedExperts:
@@ -81,6 +87,8 @@ class Engine:
         tf32: bool = False,
     ) -> None: ...
     def faults(self) -> None: ...
+    @property
+    def device(self) -> int: ...
 
 @final
 class NcclExchange:

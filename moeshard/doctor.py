@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 from . import __version__, _core
+from .cuda import extension
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -63,7 +64,7 @@ def describe() -> str:
         "kernels": f"{here['isa']} (this processor runs {', '.join(_core.isa_available())}; MOESHARD_ISA forces one)",
         "threads": f"{_core.get_num_threads()}",
         "shared memory": _shared_memory(),
-        "CUDA engine": "not in this version",
+        "CUDA engine": _cuda_engine(),
     }
     lines |= {name: version or "not installed" for name, version in found.items()}
     if found["torch"] is None or found["transformers"] is None:
@@ -79,6 +80,18 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def _cuda_engine() -> str:
+    """The devices that it can use, or why it cannot."""
+    try:
+        engine = extension()
+        devices = [engine.device_capability(device) for device in range(engine.device_count())]
+    except _core.MoeshardError as error:
+        return f"cannot be used: {error}"
+    version = engine.runtime_version()
+    listed = ", ".join(f"cuda:{number} (sm_{major}{minor})" for number, (major, minor) in enumerate(devices))
+    return f"{listed}, CUDA runtime {version // 1000}.{version % 1000 // 10}"
 
 
 def _shared_memory() -> str:

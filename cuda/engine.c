@@ -1,0 +1,359 @@
+// engine.c - a layer on the device: the five steps of each chunk, on the caller's stream and one more.
+//
+// With one rank the steps follow each other on the caller's stream. With several, the tokens of every rank are cut in
+// chunks: while a chunk is computed, the next one is gathered and the one before is reduced, on a second stream:
+//
+//   caller's     pack 0  pack 1  [group ffn combine] 0            pack 2  [group ffn combine] 1  round 0 ...
+//   exchange             gather 0            gather 1  reduce 0            gather 2   reduce 1 ...
+//
+// All ranks enqueue their collectives in this order. Chunks take turns in two workspaces. The second stream is forked
+// from the caller's by an event and joined to it before forward returns, so that all can be captured in a graph.
+//
+// A workspace that a graph was captured with is kept until the engine goes: the graph may be replayed.
+//
+// SPDX-License-Identifier: Apache-2.0
+#include "moeshard_cuda.h"
+#include "status.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { SPACES = 2, MOST_CHUNKS = 64 };
+
+typedef struct kept { // a workspace that graphs may still use
+  void *data;
+  struct kept *next;
+} kept;
+
+typedef struct space {
+  void *data;
+  int64_t bytes;
+  cudaEvent_t packed, gathered, computed, reduced;
+} space;
+
+struct ms_cuda_engine {
+  ms_cuda_exchange *exchange; // borrowed; NULL: one rank
+  int32_t device, chunks, sms;
+  bool wgmma;
+  cudaStream_t stream; // of the exchange
+  space spaces[SPACES];
+  bool captured; // the present workspaces are in a graph
+  kept *kept;
+  uint64_t calls;
+  ms_cuda_faults *faults;        // pinned host memory
+  ms_cuda_faults *device_faults; // the same for the device
+};
+
+static int32_t ranks_of(const ms_cuda_engine *g) { return g->exchange ? g->exchange->R : 1; }
+static int32_t rank_of(const ms_cuda_engine *g) { return g->exchange ? g->exchange->rank : 0; }
+
+// ---- life -------------------------------------------------------------------------------------------------------
+
+static ms_status start(ms_cuda_engine *g, ms_error *err) {
+  MS_CUDA(cudaSetDevice(g->device), err);
+  int major = 0, minor = 0;
+  MS_CUDA(cudaDeviceGetAttribute(&g->sms, cudaDevAttrMultiProcessorCount, g->device), err);
+  MS_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, g->device), err);
+  MS_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, g->device), err);
+#ifdef MS_CUDA_SM90
+  g->wgmma = major == 9 && minor == 0;
+#endif
+  size_t bytes = sizeof(ms_cuda_faults) + (size_t)ranks_of(g) * sizeof(ms_cuda_header);
+  MS_CUDA(cudaHostAlloc((void **)&g->faults, bytes, cudaHostAllocMapped), err);
+  memset(g->faults, 0, bytes);
+  MS_CUDA(cudaHostGetDevicePointer((void **)&g->device_faults, g->faults, 0), err);
+  if (!g->exchange) return MS_OK;
+  MS_CUDA(cudaStreamCreateWithFlags(&g->stream, cudaStreamNonBlocking), err);
+  for (int i = 0; i < SPACES; i++) {
+    cudaEvent_t *events[] = {&g->spaces[i].packed, &g->spaces[i].gathered, &g->spaces[i].computed,
+                             &g->spaces[i].reduced};
+    for (size_t j = 0; j < sizeof events / sizeof *events; j++)
+      MS_CUDA(cudaEventCreateWithFlags(events[j], cudaEventDisableTiming), err);
+  }
+  return MS_OK;
+}
+
+ms_status ms_cuda_engine_create(ms_cuda_exchange *exchange, int32_t device, int32_t chunks, ms_cuda_engine **out,
+                                ms_error *err) {
+  *out = NULL;
+  if (chunks < 1 || chunks > MOST_CHUNKS)
+    return ms_fail(err, MS_EINVAL, "chunks: got %d, expected 1 to %d", chunks, MOST_CHUNKS);
+  if (exchange && exchange->device != device)
+    return ms_fail(err, MS_EINVAL, "exchange: it is on device %d, expected %d", exchange->device, device);
+  ms_cuda_engine *g = calloc(1, sizeof *g);
+  if (!g) return ms_fail(err, MS_ENOMEM, "no memory for an engine");
+  if (exchange && exchange->R == 1) exchange = NULL; // nothing travels
+  *g = (ms_cuda_engine){.exchange = exchange, .device = device, .chunks = exchange ? chunks : 1};
+  ms_status status = start(g, err);
+  if (status == MS_OK)
+    *out = g;
+  else
+    ms_cuda_engine_free(g);
+  return status;
+}
+
+void ms_cuda_engine_free(ms_cuda_engine *g) {
+  if (!g) return;
+  cudaSetDevice(g->device);
+  for (int i = 0; i < SPACES; i++) {
+    space *s = &g->spaces[i];
+    cudaFree(s->data); // waits for the device
+    if (s->packed) cudaEventDestroy(s->packed);
+    if (s->gathered) cudaEventDestroy(s->gathered);
+    if (s->computed) cudaEventDestroy(s->computed);
+    if (s->reduced) cudaEventDestroy(s->reduced);
+  }
+  while (g->kept) {
+    kept *next = g->kept->next;
+    cudaFree(g->kept->data);
+    free(g->kept);
+    g->kept = next;
+  }
+  if (g->stream) cudaStreamDestroy(g->stream);
+  cudaFreeHost(g->faults);
+  free(g);
+}
+
+// ---- workspace --------------------------------------------------------------------------------------------------
+
+static ms_status release(ms_cuda_engine *g, void *data, ms_error *err) {
+  if (!data) return MS_OK;
+  if (!g->captured) {
+    MS_CUDA(cudaFree(data), err); // waits for what uses it
+    return MS_OK;
+  }
+  kept *keep = malloc(sizeof *keep);
+  if (!keep) return ms_fail(err, MS_ENOMEM, "no memory to keep a workspace");
+  *keep = (kept){data, g->kept};
+  g->kept = keep;
+  return MS_OK;
+}
+
+static ms_status reserve(ms_cuda_engine *g, int64_t bytes, bool capturing, ms_error *err) {
+  bool grows = false;
+  for (int i = 0; i < (g->chunks > 1 ? SPACES : 1); i++) {
+    space *s = &g->spaces[i];
+    if (s->bytes >= bytes) continue;
+    if (capturing)
+      return ms_fail(err, MS_EINVAL,
+                     "a graph is being captured, and this shape needs %lld bytes of workspace where %lld are: call the "
+                     "layer once with the largest shape before",
+                     (long long)bytes, (long long)s->bytes);
+    MS_TRY(release(g, s->data, err));
+    s->data = NULL;
+    s->bytes = 0;
+    MS_CUDA(cudaMalloc(&s->data, (size_t)bytes), err);
+    MS_CUDA(cudaMemset(s->data, 0, (size_t)bytes), err); // tickets start at zero, wherever a shape has them
+    s->bytes = bytes;
+    grows = true;
+  }
+  if (grows) {
+    MS_CUDA(cudaDeviceSynchronize(), err); // the caller's stream need not wait for the memset
+    g->captured = false;
+  }
+  g->captured |= capturing;
+  return MS_OK;
+}
+
+// ---- faults -----------------------------------------------------------------------------------------------------
+
+static void header_of(const ms_cuda_header *from, ms_header *to) {
+  *to = (ms_header){.call = from->call,
+                    .layer = from->layer,
+                    .T = from->T,
+                    .D = from->D,
+                    .K = from->K,
+                    .E = from->E,
+                    .dtype = from->dtype,
+                    .replicated = from->replicated};
+}
+
+static void describe(const ms_cuda_header *h, char *text, size_t bytes) {
+  ms_error said;
+  long long t = h->K ? h->fault_at / h->K : 0, j = h->K ? h->fault_at % h->K : 0;
+  if (h->fault == MS_CUDA_BAD_INDEX)
+    ms_fail(&said, MS_ERANGE, "top_k_index[%lld, %lld]: got %d, expected -1 (no expert) to %d", t, j, h->fault_index,
+            h->E - 1);
+  else
+    ms_fail(&said, MS_ERANGE, "top_k_weights[%lld, %lld]: not a finite number", t, j);
+  strncpy(text, said.msg, bytes - 1);
+  text[bytes - 1] = 0;
+}
+
+// What the device found so far; forgotten by telling it.
+static ms_status tell_faults(ms_cuda_engine *g, ms_error *err) {
+  if (!__atomic_load_n(&g->faults->found, __ATOMIC_ACQUIRE)) return MS_OK;
+  int32_t R = ranks_of(g);
+  const ms_cuda_header *found = g->faults->headers;
+  ms_header *headers = malloc((size_t)R * sizeof *headers);
+  if (!headers) return ms_fail(err, MS_ENOMEM, "no memory for the headers of %d ranks", R);
+  for (int32_t r = 0; r < R; r++) header_of(&found[r], &headers[r]);
+  ms_status status = ms_header_check(headers, R, err);
+  free(headers);
+  for (int32_t r = 0; r < R && status == MS_OK; r++) {
+    if (found[r].fault == MS_CUDA_NO_FAULT) continue;
+    char text[256];
+    describe(&found[r], text, sizeof text);
+    status = r == rank_of(g) ? ms_fail(err, MS_ERANGE, "%s", text) : ms_fail(err, MS_EPEER, "rank %d: %s", r, text);
+  }
+  __atomic_store_n(&g->faults->found, 0, __ATOMIC_RELEASE);
+  return status;
+}
+
+ms_status ms_cuda_engine_faults(ms_cuda_engine *g, ms_error *err) {
+  MS_CUDA(cudaSetDevice(g->device), err);
+  MS_CUDA(cudaDeviceSynchronize(), err);
+  return tell_faults(g, err);
+}
+
+// ---- the layer --------------------------------------------------------------------------------------------------
+
+typedef struct layer {
+  ms_cuda_engine *engine;
+  const ms_cuda_experts *experts;
+  const ms_cuda_call *call;
+  ms_cuda_shape shape; // of a chunk
+  int32_t chunks;
+  cudaStream_t stream; // the caller's
+  cudaStream_t travel; // of collectives
+} layer;
+
+static ms_status check_call(const ms_cuda_engine *g, const ms_cuda_experts *x, const ms_cuda_call *c, ms_error *err) {
+  if (x->device != g->device)
+    return ms_fail(err, MS_EINVAL, "experts: they are on device %d, expected %d", x->device, g->device);
+  if (c->dtype != x->spec.storage)
+    return ms_fail(err, MS_EDTYPE, "hidden_states: got %s, expected %s as the experts", ms_dtype_name(c->dtype),
+                   ms_dtype_name(x->spec.storage));
+  if (c->index_dtype != MS_I32 && c->index_dtype != MS_I64)
+    return ms_fail(err, MS_EDTYPE, "top_k_index: got %s, expected int32 or int64", ms_dtype_name(c->index_dtype));
+  if (c->weight_dtype != MS_F32 && c->weight_dtype != MS_BF16 && c->weight_dtype != MS_F16)
+    return ms_fail(err, MS_EDTYPE, "top_k_weights: got %s, expected float32, bfloat16 or float16",
+                   ms_dtype_name(c->weight_dtype));
+  if (c->tokens < 0 || c->capacity < c->tokens)
+    return ms_fail(err, MS_EINVAL, "capacity: got %lld, expected at least the %lld tokens", (long long)c->capacity,
+                   (long long)c->tokens);
+  return MS_OK;
+}
+
+// This rank's tokens in a chunk.
+static int64_t tokens_in(const layer *l, int32_t chunk) {
+  int64_t left = l->call->tokens - chunk * l->shape.T;
+  return left < 0 ? 0 : left < l->shape.T ? left : l->shape.T;
+}
+
+static const void *rows_from(const void *data, int64_t row, int64_t bytes) {
+  return data ? (const char *)data + row * bytes : NULL;
+}
+
+static space *space_of(const layer *l, int32_t chunk) { return &l->engine->spaces[chunk % SPACES]; }
+
+static ms_cuda_view view_of(const layer *l, int32_t chunk) {
+  return ms_cuda_view_of(&l->shape, l->experts, space_of(l, chunk)->data, l->call->hidden, l->engine->device_faults);
+}
+
+static ms_status order(cudaStream_t first, cudaEvent_t event, cudaStream_t then, ms_error *err) {
+  if (first == then) return MS_OK;
+  MS_CUDA(cudaEventRecord(event, first), err);
+  MS_CUDA(cudaStreamWaitEvent(then, event, 0), err);
+  return MS_OK;
+}
+
+static ms_status gather(const layer *l, int32_t chunk, ms_error *err) {
+  const ms_cuda_shape *s = &l->shape;
+  const ms_cuda_call *c = l->call;
+  ms_cuda_view view = view_of(l, chunk);
+  ms_cuda_header header = {.call = ++l->engine->calls,
+                           .layer = c->layer,
+                           .T = tokens_in(l, chunk),
+                           .D = (int32_t)s->D,
+                           .K = s->K,
+                           .E = s->E,
+                           .dtype = (int32_t)s->dtype};
+  int64_t row = chunk * s->T;
+  MS_TRY(ms_cuda_gather_pack(s, &view, &header, rows_from(c->hidden, row, s->D * ms_dtype_size(c->dtype)),
+                             rows_from(c->index, row, s->K * ms_dtype_size(c->index_dtype)), c->index_dtype,
+                             rows_from(c->weight, row, s->K * ms_dtype_size(c->weight_dtype)), c->weight_dtype,
+                             l->stream, err));
+  if (!l->engine->exchange) return MS_OK;
+  MS_TRY(order(l->stream, space_of(l, chunk)->packed, l->travel, err));
+  char *messages = (char *)(uintptr_t)view.messages;
+  MS_TRY(l->engine->exchange->all_gather(l->engine->exchange, messages + s->rank * s->message_bytes, messages,
+                                         s->message_bytes, l->travel, err));
+  if (l->travel != l->stream) MS_CUDA(cudaEventRecord(space_of(l, chunk)->gathered, l->travel), err);
+  return MS_OK;
+}
+
+static void *out_of(const layer *l, int32_t chunk) {
+  return (void *)(uintptr_t)rows_from(l->call->out, chunk * l->shape.T,
+                                      l->shape.D * ms_dtype_size(l->shape.dtype));
+}
+
+// group, ffn, combine; then this chunk's partial outputs set out to the other ranks.
+static ms_status compute(const layer *l, int32_t chunk, ms_error *err) {
+  const ms_cuda_shape *s = &l->shape;
+  ms_cuda_view view = view_of(l, chunk);
+  if (l->travel != l->stream) MS_CUDA(cudaStreamWaitEvent(l->stream, space_of(l, chunk)->gathered, 0), err);
+  MS_TRY(ms_cuda_group(s, &view, l->stream, err));
+  if (s->slots) {
+    MS_TRY(ms_cuda_ffn_up(s, &view, l->experts->spec.activation, l->stream, err));
+    MS_TRY(ms_cuda_ffn_down(s, &view, l->stream, err));
+  }
+  MS_TRY(ms_cuda_combine(s, &view, tokens_in(l, chunk), out_of(l, chunk), l->stream, err));
+  if (!l->engine->exchange) return MS_OK;
+  MS_TRY(order(l->stream, space_of(l, chunk)->computed, l->travel, err));
+  int64_t count = s->T * s->D;
+  MS_TRY(l->engine->exchange->reduce_scatter(l->engine->exchange, view.partial, view.partial + s->rank * count, count,
+                                             l->travel, err));
+  if (l->travel != l->stream) MS_CUDA(cudaEventRecord(space_of(l, chunk)->reduced, l->travel), err);
+  return MS_OK;
+}
+
+static ms_status finish(const layer *l, int32_t chunk, ms_error *err) {
+  if (!l->engine->exchange) return MS_OK;
+  const ms_cuda_shape *s = &l->shape;
+  ms_cuda_view view = view_of(l, chunk);
+  if (l->travel != l->stream) MS_CUDA(cudaStreamWaitEvent(l->stream, space_of(l, chunk)->reduced, 0), err);
+  return ms_cuda_combine_round(s, view.partial + s->rank * s->T * s->D, tokens_in(l, chunk), out_of(l, chunk),
+                               l->stream, err);
+}
+
+static ms_status enqueue(const layer *l, ms_error *err) {
+  MS_TRY(gather(l, 0, err));
+  for (int32_t chunk = 0; chunk < l->chunks; chunk++) {
+    if (chunk + 1 < l->chunks) MS_TRY(gather(l, chunk + 1, err));
+    MS_TRY(compute(l, chunk, err));
+    if (chunk > 0) MS_TRY(finish(l, chunk - 1, err));
+  }
+  return finish(l, l->chunks - 1, err);
+}
+
+ms_status ms_cuda_forward(ms_cuda_engine *g, const ms_cuda_experts *experts, const ms_cuda_call *call, void *stream,
+                          ms_error *err) {
+  MS_TRY(check_call(g, experts, call, err));
+  MS_CUDA(cudaSetDevice(g->device), err);
+  if (g->exchange) MS_TRY(g->exchange->check(g->exchange, err));
+  const ms_experts_spec *spec = &experts->spec;
+  int64_t most = call->capacity < g->chunks ? call->capacity : g->chunks;
+  layer l = {.engine = g, .experts = experts, .call = call, .chunks = most > 1 ? (int32_t)most : 1, .stream = stream};
+  l.travel = g->exchange && l.chunks > 1 ? g->stream : l.stream;
+  l.shape = (ms_cuda_shape){
+      .T = (call->capacity + l.chunks - 1) / l.chunks,
+      .R = ranks_of(g),
+      .rank = rank_of(g),
+      .K = call->K,
+      .E = spec->E,
+      .D = spec->D,
+      .F = experts->max_width,
+      .dtype = call->dtype,
+      .math = call->dtype == MS_F32 ? (call->tf32 ? MS_CUDA_TF32 : MS_CUDA_FMA) : g->wgmma ? MS_CUDA_WGMMA : MS_CUDA_MMA,
+      .gated = spec->gated,
+      .sms = g->sms,
+      .in_place = !g->exchange && (uintptr_t)call->hidden % 16 == 0,
+  };
+  MS_TRY(ms_cuda_shape_plan(&l.shape, err));
+  enum cudaStreamCaptureStatus capture;
+  MS_CUDA(cudaStreamIsCapturing(l.stream, &capture), err);
+  MS_TRY(reserve(g, l.shape.workspace_bytes, capture != cudaStreamCaptureStatusNone, err));
+  MS_TRY(enqueue(&l, err));
+  return tell_faults(g, err); // last: the other ranks count on this call
+}

@@ -1,0 +1,103 @@
+// shape.c - what launches and memory depend on: no number here depends on the routing.
+//
+// Plain C, no CUDA header: tests run it on any machine.
+//
+// SPDX-License-Identifier: Apache-2.0
+#include "moeshard_cuda.h"
+
+
+enum {
+  ALIGN = 256, // of every piece of memory: what cudaMalloc gives
+  PIECE = 16,  // bytes of the widest copy: rows start at multiples of it
+  // group: up to this many slots and counters (int16, one for each warp and expert) one block sorts in shared memory
+  SMALL_SLOTS = 8192,
+  SMALL_EXPERTS = 1024,
+  SLOTS_PER_CHUNK = 256, // at least, when many warps sort side by side
+  MOST_CHUNKS = 512,
+  MOST_COUNTERS = 1 << 22
+};
+
+static int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+static int64_t place(int64_t *at, int64_t bytes) {
+  int64_t here = *at;
+  *at += round_up(bytes, ALIGN);
+  return here;
+}
+
+// Tiles as tall as an expert's share when routing is uniform: small ones stream weights, tall ones feed tensor cores.
+static int32_t choose_tile_rows(int64_t slots, int32_t E) {
+  int64_t rows = slots / E;
+  return rows <= 24 ? 16 : rows <= 96 ? 64 : 128;
+}
+
+static int32_t choose_chunks(int64_t slots, int32_t E) {
+  if (slots <= SMALL_SLOTS && E <= SMALL_EXPERTS) return 0;
+  int64_t chunks = slots / SLOTS_PER_CHUNK, most = MOST_COUNTERS / E;
+  if (most > MOST_CHUNKS) most = MOST_CHUNKS;
+  if (chunks > most) chunks = most;
+  return chunks < 1 ? 1 : (int32_t)chunks;
+}
+
+ms_status ms_cuda_shape_plan(ms_cuda_shape *s, ms_error *err) {
+  if (s->T < 0 || s->D < 1 || s->F < 0 || s->K < 0 || s->K > MS_MAX_CHOICES || s->E < 1 || s->E > MS_MAX_EXPERTS ||
+      s->R < 1 || s->R > MS_MAX_RANKS || s->rank < 0 || s->rank >= s->R)
+    return ms_fail(err, MS_EINVAL, "cuda shape: T=%lld D=%lld F=%lld K=%d E=%d rank %d of %d", (long long)s->T,
+                   (long long)s->D, (long long)s->F, s->K, s->E, s->rank, s->R);
+  int64_t size = ms_dtype_size(s->dtype);
+  s->N = s->R * s->T;
+  s->slots = s->N * s->K;
+  if (s->slots > INT32_MAX)
+    return ms_fail(err, MS_ESHAPE, "%lld tokens x %d choices: expected fewer than 2^31", (long long)s->N, s->K);
+  s->ld_x = round_up(s->D, PIECE / size);
+  s->ld_h = round_up(s->F, PIECE / size);
+  if (s->R > 1 || s->ld_x != s->D) s->in_place = false;
+  s->tile_rows = choose_tile_rows(s->slots, s->E);
+  if (s->math == MS_CUDA_WGMMA && s->tile_rows < 64) s->math = MS_CUDA_MMA; // fewer rows than one wgmma has
+  s->max_tiles = (int32_t)(s->slots / s->tile_rows + (s->slots < s->E ? s->slots : s->E));
+  s->sort_chunks = choose_chunks(s->slots, s->E);
+
+  int64_t at = 0;
+  place(&at, (int64_t)sizeof(ms_cuda_header));
+  s->expert_at = place(&at, s->T * s->K * 4);
+  s->weight_at = place(&at, s->T * s->K * 4);
+  s->hidden_at = place(&at, s->in_place ? 0 : s->T * s->ld_x * size);
+  s->message_bytes = at;
+
+  at = 0;
+  place(&at, 4 * MS_CUDA_TICKETS); // at the same place for every shape: they stay zero
+  s->messages_at = place(&at, s->R * s->message_bytes);
+  // tiles before each expert; and the counters of the sort, or the faults of each block of gather
+  int64_t counters = (int64_t)s->sort_chunks * s->E, blocks = 2 * MS_CUDA_ROUTE_BLOCKS;
+  s->counts_at = place(&at, 4 * (s->E + 1 + (counters > blocks ? counters : blocks)));
+  s->offset_at = place(&at, 4 * ((int64_t)s->E + 1));
+  s->order_at = place(&at, 4 * s->slots);
+  s->tiles_at = place(&at, 4 + (int64_t)sizeof(ms_cuda_tile) * s->max_tiles);
+  s->h_at = place(&at, s->slots * s->ld_h * size);
+  s->slot_at = place(&at, s->slots * s->D * 4);
+  s->partial_at = s->K == 1 || s->R == 1 ? s->slot_at : place(&at, s->N * s->D * 4);
+  s->workspace_bytes = at;
+  return MS_OK;
+}
+
+ms_cuda_view ms_cuda_view_of(const ms_cuda_shape *s, const ms_cuda_experts *experts, void *workspace,
+                             const void *hidden_in_place, ms_cuda_faults *faults) {
+  char *base = workspace;
+  const char *messages = base + s->messages_at;
+  return (ms_cuda_view){
+      .hidden = s->in_place ? hidden_in_place : messages + s->hidden_at,
+      .messages = messages,
+      .hidden_stride = s->message_bytes,
+      .tickets = (int32_t *)base,
+      .counts = (int32_t *)(base + s->counts_at),
+      .offset = (int32_t *)(base + s->offset_at),
+      .order = (int32_t *)(base + s->order_at),
+      .tiles = (ms_cuda_tile *)(base + s->tiles_at + 4),
+      .tile_count = (int32_t *)(base + s->tiles_at),
+      .experts = experts->device_table,
+      .h = base + s->h_at,
+      .slot = (float *)(base + s->slot_at),
+      .partial = (float *)(base + s->partial_at),
+      .faults = faults,
+  };
+}

@@ -1,0 +1,23 @@
+// status.h - a failed call of the CUDA runtime as an ms_error.
+// SPDX-License-Identifier: Apache-2.0
+#ifndef MS_CUDA_STATUS_H
+#define MS_CUDA_STATUS_H
+
+#include "../csrc/moeshard.h"
+
+#include <cuda_runtime_api.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// MS_OK; or MS_ENOMEM or MS_ECUDA with the name of the call, up to its bracket: "cudaMalloc: out of memory (2)".
+ms_status ms_cuda_status(cudaError_t code, const char *call, ms_error *err);
+
+// Hand a failed call of the runtime to the caller: MS_CUDA(cudaFree(p), err);
+#define MS_CUDA(call, err) MS_TRY(ms_cuda_status((call), #call, err))
+
+#ifdef __cplusplus
+}
+#endif
+#endif

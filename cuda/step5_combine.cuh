@@ -1,0 +1,93 @@
+// step5_combine.cuh - combine: the K choices of each token, summed in order; then rounding.
+//
+//   one rank       out[t, :]     = round(sum over j of slot[t*K + j, :])
+//   several        partial[n, :] = sum over j of slot[n*K + j, :], for the tokens of all ranks; K = 1: the slots are
+//                  the partial outputs, only rows without an expert are written (zeros)
+//   round          out[t, :]     = round(reduced[t, :])
+//
+// Choices without an expert count for nothing; a token without any gets zeros. fp32 sums, one addition after the other.
+// A thread takes VECTOR columns of a token: 8 where D is a multiple of 8 (16-byte loads, 16-byte stores), else 1.
+// Cost: reads (K + 1) * N * D * 4 bytes at most, memory bound.
+// Slow twin: sum_choices and sum_ranks of csrc/step5_combine.c.
+//
+// SPDX-License-Identifier: Apache-2.0
+#ifndef MS_STEP5_COMBINE_CUH
+#define MS_STEP5_COMBINE_CUH
+
+#include "moeshard_cuda.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+enum { MS_COMBINE_THREADS = 256 };
+
+typedef struct ms_combine_args {
+  const char *messages; // NULL: nothing but rounding
+  int64_t message_bytes, expert_at;
+  const float *from; // slots, or reduced rows
+  void *to;
+  int64_t T, rows, D; // T of each rank in the messages; rows of `to`
+  int32_t K;
+  bool only_missing; // from and to are the same: write rows without an expert only
+} ms_combine_args;
+
+template <typename Out> __device__ __forceinline__ Out ms_rounded(float x);
+template <> __device__ __forceinline__ float ms_rounded<float>(float x) { return x; }
+template <> __device__ __forceinline__ __nv_bfloat16 ms_rounded<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+template <> __device__ __forceinline__ __half ms_rounded<__half>(float x) { return __float2half_rn(x); }
+
+template <int VECTOR> struct ms_columns {
+  float x[VECTOR];
+};
+
+template <int VECTOR> __device__ __forceinline__ ms_columns<VECTOR> ms_columns_load(const float *from) {
+  ms_columns<VECTOR> c;
+  if constexpr (VECTOR == 8) {
+    *(float4 *)&c.x[0] = *(const float4 *)from;
+    *(float4 *)&c.x[4] = *(const float4 *)(from + 4);
+  } else {
+    c.x[0] = *from;
+  }
+  return c;
+}
+
+template <int VECTOR, typename Out>
+__device__ __forceinline__ void ms_columns_store(Out *to, const ms_columns<VECTOR> &c) {
+  if constexpr (VECTOR == 8) {
+    alignas(16) Out out[8];
+    for (int i = 0; i < 8; i++) out[i] = ms_rounded<Out>(c.x[i]);
+    for (int i = 0; i < (int)sizeof out / 16; i++) ((uint4 *)to)[i] = ((const uint4 *)out)[i];
+  } else {
+    *to = ms_rounded<Out>(c.x[0]);
+  }
+}
+
+template <typename Out, int VECTOR> __global__ void __launch_bounds__(MS_COMBINE_THREADS) ms_combine(ms_combine_args a) {
+  int32_t pieces = (int32_t)(a.D / VECTOR); // VECTOR divides D
+  int64_t step = (int64_t)gridDim.x * MS_COMBINE_THREADS;
+  for (int64_t i = (int64_t)blockIdx.x * MS_COMBINE_THREADS + threadIdx.x; i < a.rows * pieces; i += step) {
+    int64_t n = i / pieces, d = (i - n * pieces) * VECTOR;
+    ms_columns<VECTOR> total = {};
+    bool any = false;
+    if (!a.messages) {
+      total = ms_columns_load<VECTOR>(a.from + n * a.D + d);
+    } else {
+      int64_t r = n / a.T, t = n - r * a.T;
+      const int32_t *expert = (const int32_t *)(a.messages + r * a.message_bytes + a.expert_at) + t * a.K;
+      for (int32_t j = 0; j < a.K; j++) {
+        if (expert[j] < 0) continue;
+        if (a.only_missing) {
+          any = true;
+          break;
+        }
+        ms_columns<VECTOR> x = ms_columns_load<VECTOR>(a.from + (n * a.K + j) * a.D + d);
+        for (int v = 0; v < VECTOR; v++) total.x[v] = any ? total.x[v] + x.x[v] : x.x[v];
+        any = true;
+      }
+      if (a.only_missing && any) continue;
+    }
+    ms_columns_store<VECTOR>((Out *)a.to + n * a.D + d, total);
+  }
+}
+
+#endif

@@ -1,0 +1,150 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Static budgets of the CUDA kernels: what the compiled code of each may cost, in a table that changes are reviewed in.
+
+    python tests/cuda/budgets.py FILE            compare the kernels in FILE (_cuda*.so or .o) with budgets.json
+    python tests/cuda/budgets.py FILE --write    make budgets.json anew
+
+A cubin is an ELF file: section .text.<kernel> holds 16-byte instructions, opcode in the low 12 bits, and the number of
+registers in the top byte of the section's sh_info. The table holds, for each target and kernel, registers and counts of
+the instructions below; accesses to global memory also by width. It is exact for one version of nvcc; with another one
+only the rules hold: no spill (LDL, STL), no call (slow-path division), tensor cores where the name says so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+TABLE = Path(__file__).with_suffix(".json")
+OPCODES = {
+    0x23C: "HMMA", 0x9F0: "HGMMA", 0x83B: "LDSM", 0xFAE: "LDGSTS", 0x3BA: "UBLKCP", 0x981: "LDG", 0x986: "STG",
+    0x984: "LDS", 0x988: "STS", 0x388: "STS", 0x983: "LDL", 0x387: "STL", 0x987: "STL", 0x223: "FFMA", 0x308: "MUFU",
+    0xB1D: "BAR", 0x943: "CALL", 0x944: "CALL",
+}  # fmt: skip
+BY_WIDTH = {"LDG", "STG", "LDGSTS"}
+WIDTHS = {4: 32, 5: 64, 6: 128}  # bits 73..75; others are narrower than 32 bits
+FORBIDDEN = ("LDL", "STL", "CALL")
+
+Budget = dict[str, int]
+
+
+def sections(elf: bytes) -> Iterator[tuple[str, int, bytes]]:
+    """(name, sh_info, content) of every section of an ELF64 file."""
+    table, entry_size, count, names = *struct.unpack_from("<Q", elf, 0x28), *struct.unpack_from("<HHH", elf, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQIIQQ", elf, table + i * entry_size) for i in range(count)]
+    texts = headers[names][4]
+    for name, _, _, _, offset, size, _, info, *_ in headers:
+        start = texts + name
+        yield elf[start : elf.index(b"\0", start)].decode(), info, elf[offset : offset + size]
+
+
+def budget_of(code: bytes, info: int) -> Budget:
+    """Registers and instruction counts of one kernel."""
+    counts: Counter[str] = Counter()
+    for low, high in struct.iter_unpack("<QQ", code):
+        if name := OPCODES.get(low & 0xFFF):
+            counts[name] += 1
+            if name in BY_WIDTH:
+                counts[f"{name}.{WIDTHS.get(high >> 9 & 7, '<32')}"] += 1
+    return {"registers": info >> 24, **dict(sorted(counts.items()))}
+
+
+def demangled(names: list[str]) -> list[str]:
+    """C++ names without return types and parameters: ms_ffn_up<__nv_bfloat16, 128>."""
+    text = subprocess.run(["c++filt", "-p"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    return [re.sub(r"^void ", "", line).replace("(anonymous namespace)::", "") for line in text.splitlines()]
+
+
+def kernels(binary: Path) -> dict[str, dict[str, Budget]]:
+    """{target: {kernel: budget}} of everything nvcc has compiled into a shared object or object file."""
+    found: dict[str, dict[str, Budget]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [tool("cuobjdump"), "--extract-elf", "all", str(binary.resolve())]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        for cubin in sorted(Path(folder).glob("*.cubin")):
+            target = re.search(r"sm_\d+a?", cubin.name)
+            codes = {n[6:]: (info, code) for n, info, code in sections(cubin.read_bytes()) if n.startswith(".text.")}
+            for name, (info, code) in zip(demangled(list(codes)), codes.values(), strict=True):
+                found.setdefault(target[0] if target else "?", {})[name] = budget_of(code, info)
+    return {target: dict(sorted(found[target].items())) for target in sorted(found)}
+
+
+def tool(name: str) -> str:
+    """A program of the CUDA toolkit, which may not be on PATH though nvcc is."""
+    if path := shutil.which(name):
+        return path
+    said = subprocess.run(["nvcc", "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.*)$", said, re.MULTILINE)
+    return str(Path(top[1] if top else "", "bin", name))
+
+
+def compiler() -> str:
+    """The version of nvcc: 13.0.88."""
+    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    version = re.search(r"V([\d.]+)", said)
+    return version[1] if version else said
+
+
+def broken_rules(found: dict[str, dict[str, Budget]]) -> Iterator[str]:
+    """What holds for every compiler."""
+    for target, budgets in found.items():
+        for kernel, budget in budgets.items():
+            for name in FORBIDDEN:
+                if budget.get(name):
+                    yield f"{target} {kernel}: {budget[name]} {name}, expected none"
+            for name, instruction in (("wgmma", "HGMMA"), ("mma_", "HMMA")):
+                if name in kernel and not budget.get(instruction):
+                    yield f"{target} {kernel}: no {instruction}"
+
+
+def differences(found: dict[str, dict[str, Budget]], table: dict[str, dict[str, Budget]]) -> Iterator[str]:
+    """Every number that is not the table's."""
+    for target in sorted({*found, *table}):
+        ours, theirs = found.get(target, {}), table.get(target, {})
+        for kernel in sorted({*ours, *theirs}):
+            one, other = ours.get(kernel), theirs.get(kernel)
+            if one is None or other is None:
+                yield f"{target} {kernel}: {'gone' if one is None else 'new, not in the table'}"
+                continue
+            for name in sorted({*one, *other}):
+                if one.get(name, 0) != other.get(name, 0):
+                    yield f"{target} {kernel}: {name} {one.get(name, 0)}, the table says {other.get(name, 0)}"
+
+
+def check(binary: Path) -> list[str]:
+    """What is wrong with the kernels of a binary; nothing: all is as in the table."""
+    found, table = kernels(binary), json.loads(TABLE.read_text())
+    wrong = list(broken_rules(found))
+    if table["nvcc"] == compiler():
+        wrong += differences(found, {target: table["kernels"].get(target, {}) for target in found})
+    return wrong
+
+
+def main(arguments: list[str]) -> int:
+    """The program."""
+    write = "--write" in arguments
+    names = [argument for argument in arguments if argument != "--write"]
+    if len(names) != 1:
+        print(__doc__)
+        return 2
+    if write:
+        found = kernels(Path(names[0]))
+        TABLE.write_text(json.dumps({"nvcc": compiler(), "kernels": found}, indent=1) + "\n")
+        wrong = list(broken_rules(found))
+    else:
+        wrong = check(Path(names[0]))
+    print("\n".join(wrong) or "all kernels within their budgets")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Python gives to the CUDA engine is checked before anything is enqueued, and messages say where a tensor is."""
+
+import gc
+import pickle
+import threading
+
+import numpy as np
+import pytest
+
+import moeshard
+from moeshard import cuda
+
+E, F, D, T, K = 3, 32, 64, 5, 2
+
+
+@pytest.fixture(scope="module")
+def _cuda(device):
+    return cuda.extension()
+
+
+def experts(_cuda, **change):
+    """E experts [F, D] of bfloat16 without weights yet."""
+    columns = np.tile([0, F], (E, 1))
+    kind = {"dtype": "bfloat16", "activation": "relu", "gated": False, "b_in": False, "b_out": False, "device": 0}
+    return _cuda.PackedExperts(**{"columns": columns, "d_model": D, "d_ff": F, **kind, **change})
+
+
+@pytest.fixture
+def packed(_cuda, simdev):
+    made = experts(_cuda)
+    for e in range(E):
+        w_in, w_out = simdev.empty((F, D), "bfloat16").fill_bytes(0), simdev.empty((D, F), "bfloat16").fill_bytes(0)
+        made.pack(e, w_in, w_out)
+    return made
+
+
+@pytest.fixture
+def call(simdev):
+    """Tensors of a forward pass: hidden_states, top_k_index, top_k_weights, out."""
+    return {
+        "hidden_states": simdev.empty((T, D), "bfloat16").fill_bytes(0),
+        "top_k_index": simdev.to_device(np.zeros((T, K), np.int32)),
+        "top_k_weights": simdev.to_device(np.ones((T, K), np.float32)),
+        "out": simdev.empty((T, D), "bfloat16"),
+    }
+
+
+def test_a_forward_writes_out_and_nothing_else(_cuda, packed, call):
+    _cuda.Engine(0).forward(packed, **call)
+    assert not call["out"].numpy().any() and not call["hidden_states"].numpy().any()
+
+
+def test_experts_say_what_they_hold(_cuda):
+    made = experts(_cuda, dtype="float16", activation="silu", gated=True, b_in=True)
+    assert (made.num_experts, made.d_model, made.d_ff, made.device) == (E, D, F, 0)
+    assert (made.dtype, made.activation, made.gated, made.has_b_in, made.has_b_out) == (
+        "float16", "silu", True, True, False)  # fmt: skip
+    assert made.columns.tolist() == [[0, F]] * E and made.nbytes >= E * 3 * F * D * 2
+
+
+@pytest.mark.parametrize("place", ["host", "device"])
+def test_unpack_returns_what_was_packed_bit_for_bit(_cuda, simdev, place):
+    rng = np.random.default_rng(0)
+    there = (lambda array: array) if place == "host" else simdev.to_device
+    back = (lambda array: array) if place == "host" else (lambda tensor: tensor.numpy())
+    made = experts(_cuda, dtype="float32", columns=[[3, 20], [0, 32], [7, 7]], b_in=True, b_out=True)
+    for e, (first, stop) in enumerate(made.columns.tolist()):
+        sources = [rng.standard_normal(shape, np.float32) for shape in ((F, D), (D, F), F, D)]
+        made.pack(e, *map(there, sources))
+        wanted = [sources[0][first:stop], sources[1][:, first:stop], sources[2][first:stop], sources[3] * (first == 0)]
+        found = [there(np.full(part.shape, np.nan, np.float32)) for part in wanted]
+        made.unpack(e, *found)
+        for name, one, other in zip(("w_in", "w_out", "b_in", "b_out"), map(back, found), wanted, strict=True):
+            assert np.array_equal(one, other), (e, name)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        pytest.param(lambda s: {"hidden_states": np.zeros((T, D), np.float32)}, moeshard.ArgumentError,
+                     "hidden_states: got a tensor in CPU memory, expected CUDA device 0", id="host-hidden"),
+        pytest.param(lambda s: {"top_k_index": np.zeros((T, K), np.int64)}, moeshard.ArgumentError,
+                     "top_k_index: got a tensor in CPU memory, expected CUDA device 0", id="host-index"),
+        pytest.param(lambda s: {"top_k_weights": s.empty((T, K + 1), "float32")}, moeshard.ShapeError,
+                     r"top_k_weights: got \[5, 3\], expected \[T=5, K=2\]", id="shape"),
+        pytest.param(lambda s: {"hidden_states": s.empty((T, D), "int32")}, moeshard.DTypeError,
+                     "hidden_states: got int32, expected float32, bfloat16 or float16", id="dtype"),
+        pytest.param(lambda s: {"out": s.empty((T, D), "float32")}, moeshard.DTypeError,
+                     "out: got float32, expected bfloat16", id="out-dtype"),
+        pytest.param(lambda s: {"hidden_states": s.empty((T, D + 8), "bfloat16"),
+                                "out": s.empty((T, D + 8), "bfloat16")}, moeshard.ShapeError,
+                     r"hidden_states: got \[T=5, D=72\], expected D=64 as the experts", id="width"),
+        pytest.param(lambda s: {"hidden_states": s.empty((T, 2 * D), "bfloat16").view((T, D), (2 * D, 1))},
+                     moeshard.ArgumentError, "hidden_states: .* expected a contiguous tensor", id="strided"),
+        pytest.param(lambda s: {"out": None}, moeshard.DTypeError, "out: got None", id="no-out"),
+        pytest.param(lambda s: {"capacity": T - 1}, moeshard.ArgumentError, "capacity: got 4, expected at least T=5",
+                     id="capacity"),
+        pytest.param(lambda s: {"experts": 7}, moeshard.DTypeError, "experts: expected", id="experts"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_named(_cuda, packed, call, simdev, change, error, message):
+    with pytest.raises(error, match=message):
+        _cuda.Engine(0).forward(**{"experts": packed, **call, **change(simdev)})
+
+
+def test_out_may_not_overlap_hidden_states(_cuda, packed, call):
+    with pytest.raises(moeshard.ArgumentError, match="out: got memory that overlaps hidden_states"):
+        _cuda.Engine(0).forward(packed, **{**call, "out": call["hidden_states"]})
+
+
+def test_a_device_that_does_not_exist_is_named(_cuda):
+    for make in (lambda: _cuda.Engine(99), lambda: experts(_cuda, device=99)):
+        with pytest.raises(moeshard.CudaError, match=r"cuda\w+: .*invalid device ordinal|99"):
+            make()
+
+
+def test_an_index_out_of_range_is_raised_by_faults(_cuda, packed, call, simdev):
+    engine = _cuda.Engine(0)
+    engine.forward(packed, **{**call, "top_k_index": simdev.to_device(np.full((T, K), E, np.int32))})
+    with pytest.raises(moeshard.RangeError):
+        engine.faults()
+    engine.forward(packed, **call)
+    engine.faults()
+    assert not call["out"].numpy().any()
+
+
+def test_a_weight_that_is_not_finite_is_raised_by_the_next_call(_cuda, packed, call, simdev):
+    engine = _cuda.Engine(0)
+    engine.forward(packed, **{**call, "top_k_weights": simdev.to_device(np.full((T, K), np.nan, np.float32))})
+    simdev.synchronize()
+    with pytest.raises(moeshard.RangeError):
+        engine.forward(packed, **call)
+
+
+def test_an_engine_belongs_to_one_thread_at_a_time(_cuda, packed, call):
+    engine, failures = _cuda.Engine(0), []
+
+    def work():
+        for _ in range(5):
+            try:
+                engine.forward(packed, **call)
+            except moeshard.ArgumentError as error:
+                failures.append(str(error))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(failures) <= {"engine is in use by another thread"}
+    engine.faults()
+    assert not call["out"].numpy().any()
+
+
+def test_memory_of_the_tensors_is_let_go(_cuda, packed, call, simdev):
+    engine = _cuda.Engine(0)
+    engine.forward(packed, **call)
+    before = len(simdev._live)
+    for _ in range(10):
+        engine.forward(packed, **call)
+        with pytest.raises(moeshard.ShapeError):
+            engine.forward(packed, **{**call, "top_k_weights": call["top_k_index"].reshape(K, T)})
+    gc.collect()
+    assert len(simdev._live) <= before
+
+
+def test_classes_are_final_and_do_not_travel(_cuda):
+    for kind in (_cuda.Engine, _cuda.PackedExperts, _cuda.NcclExchange):
+        with pytest.raises(TypeError, match="not an acceptable base type"):
+            type("Sub", (kind,), {})
+    with pytest.raises(TypeError, match="cannot pickle"):
+        pickle.dumps(_cuda.Engine(0))
+
+
+def test_functions_take_device_tensors_and_return_one(simdev):
+    ones = lambda *shape: simdev.to_device(np.ones(shape, np.float32))  # noqa: E731
+    index = simdev.to_device(np.zeros((2, 3, 1), np.int64))
+    y = moeshard.fused_experts(ones(2, 3, 2), index, ones(2, 3, 1), ones(1, 4, 2), ones(1, 2, 4))
+    assert y.shape == (2, 3, 2) and y.numpy().tolist() == [[[8.0, 8.0]] * 3] * 2
+
+
+def test_tensors_on_different_devices_are_refused(simdev):
+    host = np.ones((1, 4, 2), np.float32), np.ones((1, 2, 4), np.float32)
+    there = [simdev.to_device(array) for array in host]
+    with pytest.raises(moeshard.ArgumentError, match="(?i)cpu.*cuda|cuda.*cpu"):
+        moeshard.pack(host[0], there[1])
+    with pytest.raises(moeshard.ArgumentError, match="(?i)hidden.*cuda"):
+        moeshard.pack(*there)(np.ones((1, 2), np.float32), np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32))
