@@ -4,7 +4,7 @@
 Environment:
   MOESHARD_CUDA=auto|0|1       build _cuda: if there is an nvcc (default), never, or stop when there is none
   MOESHARD_NVCC=PATH           which nvcc; else the one on PATH, else that of pip's cuda-toolkit
-  MOESHARD_CUDA_ARCHS=LIST     what to compile for; "90a" machine code, "80+PTX" also PTX, which later devices can compile
+  MOESHARD_CUDA_ARCHS=LIST     what to compile for: "90a" machine code, "80+PTX" also PTX, for later devices
   MOESHARD_WERROR=1            all warnings, as errors
   MOESHARD_DEBUG=1             -O0 -g
   MOESHARD_SANITIZE=NAMES      address,undefined or thread

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ._core import Activation, DType
 
 DTYPES = ("float32", "bfloat16", "float16")
-DEVICES = {1: "cpu", 2: "cuda"}  # of DLPack
+KINDS = {1: "cpu", 3: "cpu", 11: "cpu", 2: "cuda", 13: "cuda"}  # DLPack device types; 3, 11: pinned, 13: managed
 ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu")
 
 
@@ -185,8 +185,10 @@ def describe(name: str, tensor: Any, *devices: str) -> tuple[tuple[int, ...], st
         raise type(error)(f"{name}: {error}") from error
     except (RuntimeError, BufferError, ValueError) as error:  # the tensor's own library refuses
         raise _core.ArgumentError(f"{name}: cannot be read through DLPack: {str(error).splitlines()[0]}") from error
-    device = DEVICES.get(kind)
-    if device not in (devices or ("cpu",)):
-        where = " or ".join("CPU memory" if known == "cpu" else known.upper() for known in devices or ("cpu",))
-        raise _core.ArgumentError(f"{name}: expected a tensor in {where}, got {device or f'DLPack device type {kind}'}")
-    return shape, dtype, contiguous, device if device == "cpu" else f"{device}:{number}"
+    known, allowed = KINDS.get(kind, f"DLPack device type {kind}"), devices or ("cpu",)
+    device = f"cuda:{number}" if known == "cuda" else known
+    if known not in allowed and device not in allowed:
+        places = {"cpu": "CPU memory", "cuda": "CUDA memory"}
+        where = " or ".join(places.get(place, place) for place in allowed)
+        raise _core.ArgumentError(f"{name}: got a tensor in {places.get(device, device)}, expected it in {where}")
+    return shape, dtype, contiguous, device

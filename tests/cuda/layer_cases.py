@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers on the CUDA engine against float64 and against the CPU engine: a program, since ptxsim reads its settings once.
+"""Layers on the CUDA engine against float64 and the CPU engine: a program, since ptxsim reads its settings once.
 
     python layer_cases.py [NAME...]      all cases, or those whose names contain one of the NAMEs
 
@@ -71,7 +71,8 @@ CASES = [
                                (20, 64, 37, "silu", True, 2), (17, 36, 40, "gelu_tanh", False, 4))),
     # Large enough for the 128-row tiles, and more than one of them.
     dataclasses.replace(BASE, name="tile-128", tokens=300, experts=1, d_model=64, d_ff=64),
-    dataclasses.replace(BASE, name="tile-128-ragged", tokens=257, experts=1, d_model=96, d_ff=72, gated=True, bias=True),
+    dataclasses.replace(BASE, name="tile-128-ragged", tokens=257, experts=1, d_model=96, d_ff=72, gated=True,
+                        bias=True),
 ]  # fmt: skip
 
 
@@ -184,7 +185,10 @@ def main(names: list[str]) -> int:
     cases = [case for case in CASES if not names or any(name in case.name for name in names)]
     failures = 0
     for seed, case in enumerate(cases):
-        problem = run(dataclasses.replace(case, seed=seed))
+        try:
+            problem = run(dataclasses.replace(case, seed=seed))
+        except moeshard.CudaError as error:
+            problem = str(error)  # sticky, if a kernel failed: then all that follows fails too
         failures += problem is not None
         print(f"{'ok  ' if problem is None else 'FAIL'} {case.name}{'' if problem is None else ': ' + problem}")
     return failures

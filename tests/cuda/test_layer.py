@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole layers on one device are right under every scheduler, arithmetic and target that ptxsim has (layer_cases.py)."""
+"""Whole layers on one device are right under every scheduler, arithmetic and target of ptxsim (layer_cases.py)."""
 
 import pytest
 

@@ -1,0 +1,282 @@
+// step4_ffn.cuh - the two matrix products of ffn on tensor cores by mma.sync: bfloat16, float16, and float32 as tf32.
+//
+//   up     H[i, :]    = act(X[token of order[i], :] . w_in[e]^T + b_in[e])            (gated: act(gate) * up)
+//   down   slot[s, :] = weight[s] * (H[i, :] . w_out[e]^T + b_out[e]),  s = order[i]
+//
+// Operands lie as moeshard_cuda.h says, K (D for up, the expert's width for down) contiguous, rows 16-byte aligned.
+// What is beyond K, beyond the tile's rows or the expert's columns is filled with zeros by the copies: not read. H gets
+// zeros from the expert's width to the next 16 bytes, so that `down` may copy whole pieces.
+//
+// A block: 128 threads. Items: step4_ffn_item.cuh. A stage of shared memory holds BK bytes of BM rows of A and of BN
+// rows of B, as rows of 16-byte pieces, piece p of row r at p ^ (r % 8): neither copies nor ldmatrix meet bank
+// conflicts. Gated: B interleaves 8 gate rows and 8 up rows, so that both sums of a column meet in one thread.
+//
+//            BM x BN    warp tile  warps  BK bytes  stages  shared     for
+//   rows 16   16 x 64    16 x 16   1 x 4    256       4      80 KiB    streaming weights: 64 KiB of them in flight a block
+//   rows 64   64 x 128   64 x 32   1 x 4    128       4      96 KiB    between
+//   rows 128  128 x 128  64 x 64   2 x 2    128       3      96 KiB    tensor cores: 4096 MACs for 4 + 4 ldmatrix
+//
+// Two blocks a multiprocessor. A thread copies pieces thread % (BK / 16) of rows thread / (BK / 16), + 128 / (BK / 16) ...
+// Epilogue: sums go through the stages' memory, so that stores are 16 bytes of consecutive columns.
+// Bound: rows 128, bf16: 32 mma (m16n8k16) for 8 ldmatrix.x4 a warp and 32 bytes of K: tensor pipe.
+// Slow twin: ms_reference_layer.
+//
+// SPDX-License-Identifier: Apache-2.0
+#ifndef MS_STEP4_FFN_CUH
+#define MS_STEP4_FFN_CUH
+
+#include "ms_ptx.cuh"
+#include "step4_ffn_epilogue.cuh"
+#include "step4_ffn_item.cuh"
+
+enum { MS_FFN_THREADS = 128, MS_FFN_PIECE = 16, MS_FFN_BAND = 16 };
+
+template <int ROWS> struct ms_ffn_tile {
+  enum : int32_t {
+    BM = ROWS,
+    BN = ROWS == 16 ? 64 : 128,
+    BK = ROWS == 16 ? 256 : 128, // bytes
+    STAGES = ROWS == 128 ? 3 : 4,
+    WARPS_M = ROWS == 128 ? 2 : 1,
+    WARPS_N = 4 / WARPS_M,
+    M16 = BM / WARPS_M / 16, // of a warp
+    N16 = BN / WARPS_N / 16,
+    PIECES = BK / MS_FFN_PIECE,
+    LINES = MS_FFN_THREADS / PIECES, // rows that the block copies at a time
+    STAGE = (BM + BN) * BK,
+    BYTES = STAGES * STAGE
+  };
+};
+
+// Byte offset of a piece in a stage.
+template <int BK> __device__ __forceinline__ uint32_t ms_ffn_at(int32_t row, int32_t piece) {
+  return (uint32_t)(row * BK + (piece ^ (row % 8)) * MS_FFN_PIECE);
+}
+
+// ---- copies ----------------------------------------------------------------------------------------------------
+
+template <bool UP, bool GATED, int ROWS, typename Storage> struct ms_ffn_copies {
+  using tile = ms_ffn_tile<ROWS>;
+  enum : int32_t { A_COPIES = tile::BM / tile::LINES, B_COPIES = tile::BN / tile::LINES };
+  const char *a[A_COPIES], *b;
+  int64_t b_stride, b_up; // bytes to the next 8 columns (gated) or LINES columns; from gate rows to up rows
+  int32_t a_rows, b_columns, depth, line, piece;
+
+  __device__ __forceinline__ void start(const ms_ffn_args &args, const ms_cuda_view &view, const ms_ffn_item &item) {
+    const int32_t size = sizeof(Storage);
+    line = threadIdx.x / tile::PIECES, piece = threadIdx.x % tile::PIECES;
+    a_rows = item.tile.rows - line;
+#pragma unroll
+    for (int i = 0; i < A_COPIES; i++) {
+      bool there = i * tile::LINES < a_rows;
+      a[i] = ms_ffn_row<UP>(args, view, item.tile.first + (there ? line + i * tile::LINES : 0), size);
+    }
+    const ms_cuda_expert &e = item.expert;
+    int64_t row_bytes = (UP ? args.ld_x : e.ld_out) * size; // ld_in is ld_x
+    bool up_line = GATED && line % 16 >= 8;
+    int32_t column = GATED ? line % 8 : line; // within the block
+    b = (const char *)(UP ? e.w_in : e.w_out) + (item.column + column + (up_line ? e.width : 0)) * row_bytes;
+    b_stride = (GATED ? 8 : (int32_t)tile::LINES) * row_bytes;
+    b_up = e.width * row_bytes;
+    b_columns = item.columns - column;
+    depth = item.depth * size - piece * MS_FFN_PIECE;
+  }
+
+  // Start the copies of K bytes [step * BK, + BK) to a stage.
+  __device__ __forceinline__ void copy(int32_t step, uint32_t stage) const {
+    int32_t at = step * tile::BK;
+    bool inside = at < depth;
+    int32_t from = inside ? at + piece * MS_FFN_PIECE : 0;
+#pragma unroll
+    for (int i = 0; i < A_COPIES; i++)
+      ms_cp_async16(stage + ms_ffn_at<tile::BK>(line + i * tile::LINES, piece), a[i] + from,
+                    inside && i * tile::LINES < a_rows);
+    stage += tile::BM * tile::BK;
+#pragma unroll
+    for (int i = 0; i < B_COPIES; i++) {
+      // gated, 8 lines at a time: every other copy is of up rows
+      bool alternate = GATED && tile::LINES == 8;
+      int32_t forward = alternate ? i / 2 : i;
+      int32_t columns = forward * (GATED ? 8 : (int32_t)tile::LINES);
+      bool there = inside && columns < b_columns;
+      const char *row = b + forward * b_stride + (alternate && i % 2 ? b_up : 0);
+      ms_cp_async16(stage + ms_ffn_at<tile::BK>(line + i * tile::LINES, piece), there ? row + from : b, there);
+    }
+  }
+};
+
+// ---- products --------------------------------------------------------------------------------------------------
+
+// sums += the stage's A . B^T, this warp's part. n8 tile 2j and 2j + 1 of the warp: B rows 16j .. 16j + 15.
+template <int ROWS, typename Storage>
+__device__ __forceinline__ void ms_ffn_multiply(uint32_t stage,
+                                                float (&sum)[ms_ffn_tile<ROWS>::M16][2 * ms_ffn_tile<ROWS>::N16][4]) {
+  using tile = ms_ffn_tile<ROWS>;
+  const int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int32_t m0 = warp / tile::WARPS_N * tile::M16 * 16, n0 = warp % tile::WARPS_N * tile::N16 * 16;
+  const uint32_t b_stage = stage + tile::BM * tile::BK;
+#pragma unroll
+  for (int k = 0; k < tile::PIECES; k += 2) {
+    uint32_t a[tile::M16][4], b[tile::N16][4];
+#pragma unroll
+    for (int m = 0; m < tile::M16; m++)
+      ms_ldmatrix4(a[m], stage + ms_ffn_at<tile::BK>(m0 + m * 16 + lane % 16, k + lane / 16));
+#pragma unroll
+    for (int n = 0; n < tile::N16; n++)
+      ms_ldmatrix4(b[n], b_stage + ms_ffn_at<tile::BK>(n0 + n * 16 + lane % 8 + lane / 16 * 8, k + lane / 8 % 2));
+#pragma unroll
+    for (int m = 0; m < tile::M16; m++)
+#pragma unroll
+      for (int n = 0; n < tile::N16; n++) {
+        ms_mma(sum[m][2 * n], a[m], b[n][0], b[n][1], (const Storage *)nullptr);
+        ms_mma(sum[m][2 * n + 1], a[m], b[n][2], b[n][3], (const Storage *)nullptr);
+      }
+  }
+}
+
+// ---- epilogues -------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void ms_ffn_put(float *to, float x, float y) { *(float2 *)to = make_float2(x, y); }
+__device__ __forceinline__ void ms_ffn_put(__nv_bfloat16 *to, float x, float y) {
+  *(uint32_t *)to = ms_round2<__nv_bfloat16>(x, y);
+}
+__device__ __forceinline__ void ms_ffn_put(__half *to, float x, float y) { *(uint32_t *)to = ms_round2<__half>(x, y); }
+
+// H from the sums, first into `staged` [BM][columns + 16 bytes].
+template <bool GATED, int ROWS, typename Storage, ms_activation ACTIVATION>
+__device__ __forceinline__ void ms_ffn_stage_h(const ms_ffn_item &item, Storage *staged,
+                                               const float (&sum)[ms_ffn_tile<ROWS>::M16][2 * ms_ffn_tile<ROWS>::N16][4]) {
+  using tile = ms_ffn_tile<ROWS>;
+  const int32_t columns = GATED ? tile::BN / 2 : tile::BN, stride = columns + 16 / (int32_t)sizeof(Storage);
+  const int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int32_t m0 = warp / tile::WARPS_N * tile::M16 * 16, n0 = warp % tile::WARPS_N * tile::N16 * (GATED ? 8 : 16);
+  const float *b_in = item.expert.b_in;
+#pragma unroll
+  for (int g = 0; g < (GATED ? 1 : 2) * tile::N16; g++) { // 8 columns at a time
+    int32_t column = n0 + g * 8 + lane % 4 * 2;
+    float bias[2] = {0.f, 0.f}, bias_up[2] = {0.f, 0.f};
+    if (b_in)
+      for (int c = 0; c < 2; c++)
+        if (column + c < item.columns) {
+          bias[c] = b_in[item.column + column + c];
+          if (GATED) bias_up[c] = b_in[item.expert.width + item.column + column + c];
+        }
+#pragma unroll
+    for (int m = 0; m < tile::M16; m++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        float h[2];
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+          h[c] = ms_activate<ACTIVATION>(sum[m][GATED ? 2 * g : g][2 * half + c] + bias[c]);
+          if (GATED) h[c] *= sum[m][2 * g + 1][2 * half + c] + bias_up[c];
+        }
+        ms_ffn_put(staged + (m0 + m * 16 + half * 8 + lane / 4) * stride + column, h[0], h[1]);
+      }
+  }
+}
+
+template <bool GATED, int ROWS, typename Storage>
+__device__ __forceinline__ void ms_ffn_store_h(const ms_ffn_args &args, const ms_cuda_view &view,
+                                               const ms_ffn_item &item, const Storage *staged) {
+  using tile = ms_ffn_tile<ROWS>;
+  const int32_t columns = GATED ? tile::BN / 2 : tile::BN, each = 16 / (int32_t)sizeof(Storage);
+  const int32_t stride = columns + each, pieces = columns / each;
+  for (int32_t i = threadIdx.x; i < item.tile.rows * pieces; i += MS_FFN_THREADS) {
+    int32_t row = i / pieces, column = i % pieces * each;
+    if (column >= item.columns) continue;
+    Storage *to = (Storage *)view.h + (item.tile.first + row) * args.ld_h + item.column + column;
+    *(uint4 *)to = *(const uint4 *)(staged + row * stride + column);
+  }
+}
+
+// The sums as they are, into `staged` [BM][BN + 4].
+template <int ROWS>
+__device__ __forceinline__ void ms_ffn_stage_sums(float *staged,
+                                                  const float (&sum)[ms_ffn_tile<ROWS>::M16][2 * ms_ffn_tile<ROWS>::N16][4]) {
+  using tile = ms_ffn_tile<ROWS>;
+  const int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int32_t m0 = warp / tile::WARPS_N * tile::M16 * 16, n0 = warp % tile::WARPS_N * tile::N16 * 16;
+#pragma unroll
+  for (int m = 0; m < tile::M16; m++)
+#pragma unroll
+    for (int g = 0; g < 2 * tile::N16; g++)
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        ms_ffn_put(staged + (m0 + m * 16 + half * 8 + lane / 4) * (tile::BN + 4) + n0 + g * 8 + lane % 4 * 2,
+                   sum[m][g][2 * half], sum[m][g][2 * half + 1]);
+}
+
+template <int ROWS>
+__device__ __forceinline__ void ms_ffn_store_slots(const ms_ffn_args &args, const ms_cuda_view &view,
+                                                   const ms_ffn_item &item, const float *staged) {
+  using tile = ms_ffn_tile<ROWS>;
+  const int32_t pieces = tile::BN / 4;
+  const float *b_out = item.expert.b_out;
+  for (int32_t i = threadIdx.x; i < item.tile.rows * pieces; i += MS_FFN_THREADS) {
+    int32_t row = i / pieces, column = i % pieces * 4, there = item.columns - column;
+    if (there <= 0) continue;
+    int32_t slot = view.order[item.tile.first + row];
+    float weight = ms_ffn_weight(args, view, slot), y[4];
+    float4 s = *(const float4 *)(staged + row * (tile::BN + 4) + column);
+    const float sums[4] = {s.x, s.y, s.z, s.w};
+#pragma unroll
+    for (int c = 0; c < 4; c++) y[c] = weight * (sums[c] + (b_out && c < there ? b_out[item.column + column + c] : 0.f));
+    float *to = view.slot + (int64_t)slot * args.D + item.column + column;
+    if (args.D % 4 == 0) {
+      *(float4 *)to = make_float4(y[0], y[1], y[2], y[3]);
+    } else {
+#pragma unroll
+      for (int c = 0; c < 4; c++)
+        if (c < there) to[c] = y[c];
+    }
+  }
+}
+
+// ---- the kernel ------------------------------------------------------------------------------------------------
+
+template <bool UP, bool GATED, int ROWS, typename Storage>
+__global__ void __launch_bounds__(MS_FFN_THREADS, 2)
+    ms_ffn(const ms_ffn_args args, const ms_cuda_view view, const ms_activation activation) {
+  using tile = ms_ffn_tile<ROWS>;
+  extern __shared__ __align__(128) char ms_ffn_shared[];
+  const uint32_t shared = ms_shared_address(ms_ffn_shared);
+  const int32_t tiles = *view.tile_count;
+  for (int32_t i = blockIdx.x; i < tiles * args.blocks; i += gridDim.x) {
+    ms_ffn_item item;
+    if (!ms_ffn_item_of<UP, MS_FFN_BAND>(args, view, i, tiles, item)) continue;
+    ms_ffn_copies<UP, GATED, ROWS, Storage> copies;
+    copies.start(args, view, item);
+    const int32_t steps = (item.depth * (int32_t)sizeof(Storage) + tile::BK - 1) / tile::BK;
+    float sum[tile::M16][2 * tile::N16][4] = {};
+#pragma unroll
+    for (int s = 0; s < tile::STAGES - 1; s++) {
+      if (s < steps) copies.copy(s, shared + s * tile::STAGE);
+      ms_cp_async_commit();
+    }
+    for (int32_t step = 0; step < steps; step++) {
+      ms_cp_async_wait<tile::STAGES - 2>();
+      __syncthreads(); // the step's copies are seen by all, and all have read the stage that is filled next
+      int32_t next = step + tile::STAGES - 1;
+      if (next < steps) copies.copy(next, shared + next % tile::STAGES * tile::STAGE);
+      ms_cp_async_commit();
+      ms_ffn_multiply<ROWS, Storage>(shared + step % tile::STAGES * tile::STAGE, sum);
+    }
+    ms_cp_async_wait<0>();
+    __syncthreads(); // the stages are free
+    if (UP) {
+      Storage *staged = (Storage *)ms_ffn_shared;
+      MS_FOR_ACTIVATION(activation, (ms_ffn_stage_h<GATED, ROWS, Storage, ACT>(item, staged, sum)));
+      __syncthreads();
+      ms_ffn_store_h<GATED, ROWS, Storage>(args, view, item, staged);
+    } else {
+      float *staged = (float *)ms_ffn_shared;
+      ms_ffn_stage_sums<ROWS>(staged, sum);
+      __syncthreads();
+      ms_ffn_store_slots<ROWS>(args, view, item, staged);
+    }
+    __syncthreads(); // staged has been read
+  }
+}
+
+#endif
