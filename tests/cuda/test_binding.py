@@ -111,7 +111,7 @@ def test_out_may_not_overlap_hidden_states(_cuda, packed, call):
 
 def test_a_device_that_does_not_exist_is_named(_cuda):
     for make in (lambda: _cuda.Engine(99), lambda: experts(_cuda, device=99)):
-        with pytest.raises(moeshard.CudaError, match=r"cuda\w+: .*invalid device ordinal|99"):
+        with pytest.raises(moeshard.CudaError, match="cuda.*: cudaErrorInvalidDevice|invalid device ordinal"):
             make()
 
 
