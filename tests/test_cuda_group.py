@@ -26,7 +26,7 @@ class Exchange:
 
 
 class Engine:
-    def __init__(self, device, exchange):
+    def __init__(self, device, exchange, *, chunks):
         self.device, self.exchange = device, exchange
         self.calls = []
         self.fails = None
