@@ -8,11 +8,12 @@
 A cubin is an ELF file: section .text.<kernel> holds 16-byte instructions, opcode in the low 12 bits; .nv.info holds the
 registers of each. The table holds, for each target and kernel, registers and counts of the instructions below; accesses
 to global memory also by width; CALL is a slow path of a division or of a warp's collective. The table is exact for one
-version of nvcc; with another one only the rules hold: no spill (LDL, STL), tensor cores where the name says so.
+version of nvcc; with another one only the rules hold: no spill (LDL, STL), and the instructions that a kernel is known for (CLAIMS).
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 import struct
@@ -31,6 +32,7 @@ OPCODES = {
 BY_WIDTH = {"LDG", "STG", "LDGSTS"}
 WIDTHS = {4: 32, 5: 64, 6: 128}  # bits 73..75; others are narrower than 32 bits
 FORBIDDEN = ("LDL", "STL")  # spills
+CLAIMS = {"ms_ffn<": ("HMMA", "LDSM", "LDGSTS.128"), "ms_ffn_sm90<": ("HGMMA", "LDGSTS.128")}
 
 Budget = dict[str, int]
 
@@ -79,7 +81,8 @@ def cubins(binary: bytes) -> Iterator[tuple[str, bytes]]:
     """(target, cubin) of everything that nvcc has put into section .nv_fatbin of a shared object or object file.
 
     Fat binaries {u32 magic, u16 version, u16 header size, u64 size} hold entries {u16 kind (1 PTX, 2 cubin), u16, u32
-    header size, u64 size, 12 bytes, u32 architecture ...} in front of their content. nvcc compresses PTX only.
+    header size, u64 size, u32 compressed size, 8 bytes, u32 architecture, 24 bytes, u64 expanded size ...} in front of
+    their content.
     """
     fat = dict(sections(binary))[".nv_fatbin"]
     at = 0
@@ -87,13 +90,22 @@ def cubins(binary: bytes) -> Iterator[tuple[str, bytes]]:
         header, size = struct.unpack_from("<HQ", fat, at + 6)
         entry, at = at + header, at + header + size
         while entry < at:
-            kind, skip, length, architecture = struct.unpack_from("<H2xIQ12xI", fat, entry)
+            kind, skip, length, packed, architecture, expanded = struct.unpack_from("<H2xIQI8xI24xQ", fat, entry)
             if kind == 2:
-                cubin = fat[entry + skip : entry + skip + length]
-                if cubin[:4] != b"\x7fELF":
-                    raise SystemExit("a cubin is compressed: build with nvcc -Xfatbin -compress=false")
-                yield f"sm_{architecture}", cubin
+                cubin = fat[entry + skip : entry + skip + (packed or length)]
+                yield f"sm_{architecture}", unzstd(cubin, expanded) if packed else cubin
             entry += skip + length
+
+
+def unzstd(packed: bytes, size: int) -> bytes:
+    """Expand a Zstandard frame: Python has no module for it before 3.14, the system has the library."""
+    library = ctypes.CDLL("libzstd.so.1")
+    library.ZSTD_decompress.restype = ctypes.c_size_t
+    library.ZSTD_decompress.argtypes = (ctypes.c_char_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_size_t)
+    out = ctypes.create_string_buffer(size)
+    if library.ZSTD_decompress(out, size, packed, len(packed)) != size:
+        raise SystemExit("a cubin is compressed in another way: build with nvcc -Xfatbin -compress=false")
+    return out.raw
 
 
 def kernels(binary: Path) -> dict[str, dict[str, Budget]]:
@@ -123,9 +135,10 @@ def broken_rules(found: dict[str, dict[str, Budget]]) -> Iterator[str]:
             for name in FORBIDDEN:
                 if budget.get(name):
                     yield f"{target} {kernel}: {budget[name]} {name}, expected none"
-            for name, instruction in (("wgmma", "HGMMA"), ("mma_", "HMMA")):
-                if name in kernel and not budget.get(instruction):
-                    yield f"{target} {kernel}: no {instruction}"
+            for name, needed in CLAIMS.items():
+                missing = [instruction for instruction in needed if not budget.get(instruction)]
+                if kernel.startswith(name) and missing:
+                    yield f"{target} {kernel}: no {', '.join(missing)}"
 
 
 def differences(found: dict[str, dict[str, Budget]], table: dict[str, dict[str, Budget]]) -> Iterator[str]:
@@ -142,13 +155,23 @@ def differences(found: dict[str, dict[str, Budget]], table: dict[str, dict[str, 
                     yield f"{target} {kernel}: {name} {one.get(name, 0)}, the table says {other.get(name, 0)}"
 
 
-def check(binary: Path) -> list[str]:
+def excess(found: dict[str, dict[str, Budget]]) -> list[str]:
     """What is wrong with the kernels of a binary; nothing: all is as in the table."""
-    found, table = kernels(binary), json.loads(TABLE.read_text())
-    wrong = list(broken_rules(found))
+    table, wrong = json.loads(TABLE.read_text()), list(broken_rules(found))
     if table["nvcc"] == compiler():
         wrong += differences(found, {target: table["kernels"].get(target, {}) for target in found})
     return wrong
+
+
+def as_text(found: dict[str, dict[str, Budget]]) -> str:
+    """The table, a kernel a line, so that a change of one is a line of the diff."""
+    targets = [
+        f'  "{target}": {{\n'
+        + ",\n".join(f"   {json.dumps(kernel)}: {json.dumps(budget)}" for kernel, budget in budgets.items())
+        + "\n  }"
+        for target, budgets in found.items()
+    ]
+    return f'{{\n "nvcc": "{compiler()}",\n "kernels": {{\n' + ",\n".join(targets) + "\n }\n}\n"
 
 
 def main(arguments: list[str]) -> int:
@@ -158,12 +181,10 @@ def main(arguments: list[str]) -> int:
     if len(names) != 1:
         print(__doc__)
         return 2
+    found = kernels(Path(names[0]))
     if write:
-        found = kernels(Path(names[0]))
-        TABLE.write_text(json.dumps({"nvcc": compiler(), "kernels": found}, indent=1) + "\n")
-        wrong = list(broken_rules(found))
-    else:
-        wrong = check(Path(names[0]))
+        TABLE.write_text(as_text(found))
+    wrong = excess(found)
     print("\n".join(wrong) or "all kernels within their budgets")
     return bool(wrong)
 
