@@ -111,7 +111,7 @@ test-c-asan test-c-tsan: test-c-%: $(C_TESTS:tests/c/%.c=build/\%/%)
 
 # Everything in a folder of its own, with PTX, which ptxsim runs and later devices can compile.
 GPU := build/gpu
-GPU_ARCHS := 80+PTX;90a+PTX
+GPU_ARCHS := 80+PTX;90a+PTX;100a
 GPU_TESTS := $(patsubst tests/cuda/%.cu,$(GPU)/%,$(wildcard tests/cuda/test_*.cu))
 REAL_GPU := $(shell nvidia-smi -L 2>/dev/null)
 SIMULATOR := $(if $(REAL_GPU),,tests/ptxsim/build)

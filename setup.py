@@ -185,7 +185,7 @@ class BuildExt(build_ext):
         """The .cu files, several at a time; those that did not change since are kept."""
         folder = Path(self.build_temp, "cuda", "_".join(CUDA_ARCHS))
         folder.mkdir(parents=True, exist_ok=True)
-        flags = ["-O3", "-std=c++17", "-lineinfo", *(f"-D{name}={value}" for name, value in CUDA_MACROS)]
+        flags = ["-O3", "-std=c++17", "-lineinfo", "--threads=0", *(f"-D{name}={value}" for name, value in CUDA_MACROS)]
         # Linked by the C compiler, without libstdc++: any of these features would ask for it, at import.
         host = "-fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti,-fno-threadsafe-statics"
         if os.environ.get("MOESHARD_WERROR") == "1":
@@ -193,11 +193,13 @@ class BuildExt(build_ext):
             host += ",-Wall,-Wextra"
 
         def compile_kernels(source):
-            target = str(folder / Path(source).with_suffix(".o").name)
-            headers = [*CUDA_HEADERS, "csrc/moeshard.h", "setup.py"]
-            if self.force or newer_group([source, *headers], target):
-                self.spawn([ext.nvcc, *flags, "-Xcompiler", host, *gencodes(source), "-c", source, "-o", target])
-            return target
+            target = folder / Path(source).with_suffix(".o").name
+            known = target.with_suffix(".d")  # what it includes: a line "target : source header ...", by nvcc
+            inputs = known.read_text().replace("\\\n", " ").partition(" : ")[2].split() if known.exists() else []
+            if self.force or not inputs or newer_group([*inputs, "setup.py"], str(target), missing="newer"):
+                options = [*flags, "-Xcompiler", host, *gencodes(source), "-MMD", "-MF", str(known)]
+                self.spawn([ext.nvcc, *options, "-c", source, "-o", str(target)])
+            return str(target)
 
         kernels = [source for source in CUDA_KERNELS if gencodes(source)]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

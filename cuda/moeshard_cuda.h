@@ -77,6 +77,7 @@ typedef enum ms_cuda_math { // how matrices are multiplied
 typedef struct ms_cuda_header {
   uint64_t call;
   int64_t layer, T; // T: tokens that this rank has; rows beyond are absent (expert -1)
+  int64_t first;    // this rank's number of token 0: later chunks of a batch do not start with 0
   int32_t D, K, E, dtype, replicated;
   int32_t fault;       // an ms_cuda_fault_kind: what this rank's router did wrong; then no rank computes
   int32_t fault_index; // MS_CUDA_BAD_INDEX: the index
@@ -87,7 +88,7 @@ typedef enum ms_cuda_fault_kind { MS_CUDA_NO_FAULT = 0, MS_CUDA_BAD_INDEX, MS_CU
 
 // What the device tells the host, in host memory that it can write: the headers of a call that did not compute.
 typedef struct ms_cuda_faults {
-  int32_t found; // nonzero: headers holds what was gathered
+  int32_t found; // nonzero: headers holds what was gathered; the device changes nothing until the host has read it
   int32_t padding;
   ms_cuda_header headers[]; // [R]
 } ms_cuda_faults;
@@ -209,7 +210,8 @@ typedef struct ms_cuda_call {
 
 // Enqueue a whole layer on `stream`. Faults of an earlier call (routing out of range, ranks that disagree) are raised
 // here, by the first call after the device found them and after this call is enqueued, so that no rank waits for it;
-// ms_cuda_engine_faults waits and raises them at once. A fault is raised once.
+// ms_cuda_engine_faults waits and raises them at once. A fault is raised once; while one waits to be raised, others are
+// forgotten. Calls may be on different streams, one after the other: a call waits for the one before.
 // Cost: no allocation but when the shape grows, no synchronisation.
 // Errors: MS_ESHAPE, MS_EDTYPE, MS_EINVAL (a growing shape while a graph is captured); MS_ENOMEM; MS_ECUDA; of an
 // earlier call MS_ERANGE (MS_EPEER on the other ranks) and MS_EMISMATCH; MS_ECOMM, MS_ELOST, MS_ETIMEOUT.

@@ -110,8 +110,9 @@ __device__ __forceinline__ bool ms_headers_agree(const ms_group_args &a) {
   return __syncthreads_and(agree);
 }
 
-// Host memory: the host may look at any time, so `found` comes last.
+// Host memory: the host may look at any time, so `found` comes last. What it has not read yet stays.
 __device__ __forceinline__ void ms_tell_faults(const ms_group_args &a) {
+  if (__syncthreads_or(*(volatile int32_t *)&a.faults->found)) return;
   for (int32_t r = threadIdx.x; r < a.R; r += blockDim.x)
     a.faults->headers[r] = *(const ms_cuda_header *)(a.messages + r * a.message_bytes);
   __threadfence_system();

@@ -78,12 +78,13 @@ class CudaEngine:
     Args:
         group: the ranks; with more than one, NCCL carries the rows.
         device: the number of this rank's device.
+        chunks: pieces that the tokens of a call are cut into, so that they travel while others are computed.
 
     Raises:
         CommError: NCCL was not found (says where it was looked for), or its error; the other ranks raise PeerError.
     """
 
-    def __init__(self, group: Group, device: int) -> None:
+    def __init__(self, group: Group, device: int, *, chunks: int = 1) -> None:
         """Meet the other ranks."""
         cuda = extension()
         self.device = device
@@ -97,7 +98,7 @@ class CudaEngine:
             (name, *_) = group.all_gather(name)
             with group.all_or_none():
                 self._exchange = cuda.NcclExchange(name, group.rank, group.size, device, group.timeout, files)
-        self._engine: _cuda.Engine | None = cuda.Engine(device, self._exchange)
+        self._engine: _cuda.Engine | None = cuda.Engine(device, self._exchange, chunks=chunks)
 
     @contextlib.contextmanager
     def checking(self) -> Iterator[None]:
@@ -172,8 +173,7 @@ class CudaEngine:
         """The most tokens that a rank has in this call."""
         dtype = DTYPES.index(str(hidden.dtype).removeprefix("torch."))
         facts = (self._calls, layer, hidden.shape[0], experts.d_model, index.shape[1], experts.num_experts, dtype, 0)
-        told = self._group.all_gather(np.array(facts, np.int64).tobytes())  # ms_header of csrc/moeshard.h
-        headers = np.frombuffer(b"".join(told), np.int64).reshape(-1, len(facts))
+        headers = self._group.gather_row(np.array(facts, np.int64))  # ms_header of csrc/moeshard.h
         _core.header_check(headers)
         return int(headers[:, 2].max())
 

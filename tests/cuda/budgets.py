@@ -5,21 +5,20 @@
     python tests/cuda/budgets.py FILE            compare the kernels in FILE (_cuda*.so or .o) with budgets.json
     python tests/cuda/budgets.py FILE --write    make budgets.json anew
 
-A cubin is an ELF file: section .text.<kernel> holds 16-byte instructions, opcode in the low 12 bits, and the number of
-registers in the top byte of the section's sh_info. The table holds, for each target and kernel, registers and counts of
-the instructions below; accesses to global memory also by width. It is exact for one version of nvcc; with another one
-only the rules hold: no spill (LDL, STL), no call (slow-path division), tensor cores where the name says so.
+A cubin is an ELF file: section .text.<kernel> holds 16-byte instructions, opcode in the low 12 bits; .nv.info holds the
+registers of each. The table holds, for each target and kernel, registers and counts of the instructions below; accesses
+to global memory also by width; CALL is a slow path of a division or of a warp's collective. The table is exact for one
+version of nvcc; with another one only the rules hold: no spill (LDL, STL), and the instructions that a kernel is known for (CLAIMS).
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
-import shutil
 import struct
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,30 +31,44 @@ OPCODES = {
 }  # fmt: skip
 BY_WIDTH = {"LDG", "STG", "LDGSTS"}
 WIDTHS = {4: 32, 5: 64, 6: 128}  # bits 73..75; others are narrower than 32 bits
-FORBIDDEN = ("LDL", "STL", "CALL")
+FORBIDDEN = ("LDL", "STL")  # spills
+CLAIMS = {"ms_ffn<": ("HMMA", "LDSM", "LDGSTS.128"), "ms_ffn_sm90<": ("HGMMA", "LDGSTS.128")}
 
 Budget = dict[str, int]
 
 
-def sections(elf: bytes) -> Iterator[tuple[str, int, bytes]]:
-    """(name, sh_info, content) of every section of an ELF64 file."""
+def sections(elf: bytes) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of every section of an ELF64 file."""
     table, entry_size, count, names = *struct.unpack_from("<Q", elf, 0x28), *struct.unpack_from("<HHH", elf, 0x3A)
     headers = [struct.unpack_from("<IIQQQQIIQQ", elf, table + i * entry_size) for i in range(count)]
     texts = headers[names][4]
-    for name, _, _, _, offset, size, _, info, *_ in headers:
+    for name, _, _, _, offset, size, *_ in headers:
         start = texts + name
-        yield elf[start : elf.index(b"\0", start)].decode(), info, elf[offset : offset + size]
+        yield elf[start : elf.index(b"\0", start)].decode(), elf[offset : offset + size]
 
 
-def budget_of(code: bytes, info: int) -> Budget:
-    """Registers and instruction counts of one kernel."""
+def registers(info: bytes, symbols: bytes, names: bytes) -> dict[str, int]:
+    """{mangled kernel: registers} from .nv.info: {u8 format, u8 attribute, u16 size or value}, content in format 4."""
+    found, at = {}, 0
+    while at < len(info):
+        form, attribute, size = struct.unpack_from("<BBH", info, at)
+        if form == 4 and attribute == 0x2F:  # EIATTR_REGCOUNT: symbol, registers
+            symbol, count = struct.unpack_from("<II", info, at + 4)
+            (start,) = struct.unpack_from("<I", symbols, 24 * symbol)
+            found[names[start : names.index(b"\0", start)].decode()] = count
+        at += 4 + (size if form == 4 else 0)
+    return found
+
+
+def instructions(code: bytes) -> Budget:
+    """How often a kernel has each instruction that is counted."""
     counts: Counter[str] = Counter()
     for low, high in struct.iter_unpack("<QQ", code):
         if name := OPCODES.get(low & 0xFFF):
             counts[name] += 1
             if name in BY_WIDTH:
                 counts[f"{name}.{WIDTHS.get(high >> 9 & 7, '<32')}"] += 1
-    return {"registers": info >> 24, **dict(sorted(counts.items()))}
+    return dict(sorted(counts.items()))
 
 
 def demangled(names: list[str]) -> list[str]:
@@ -64,27 +77,48 @@ def demangled(names: list[str]) -> list[str]:
     return [re.sub(r"^void ", "", line).replace("(anonymous namespace)::", "") for line in text.splitlines()]
 
 
+def cubins(binary: bytes) -> Iterator[tuple[str, bytes]]:
+    """(target, cubin) of everything that nvcc has put into section .nv_fatbin of a shared object or object file.
+
+    Fat binaries {u32 magic, u16 version, u16 header size, u64 size} hold entries {u16 kind (1 PTX, 2 cubin), u16, u32
+    header size, u64 size, u32 compressed size, 8 bytes, u32 architecture, 24 bytes, u64 expanded size ...} in front of
+    their content.
+    """
+    fat = dict(sections(binary))[".nv_fatbin"]
+    at = 0
+    while (at := fat.find(struct.pack("<I", 0xBA55ED50), at)) >= 0:
+        header, size = struct.unpack_from("<HQ", fat, at + 6)
+        entry, at = at + header, at + header + size
+        while entry < at:
+            kind, skip, length, packed, architecture, expanded = struct.unpack_from("<H2xIQI8xI24xQ", fat, entry)
+            if kind == 2:
+                cubin = fat[entry + skip : entry + skip + (packed or length)]
+                yield f"sm_{architecture}", unzstd(cubin, expanded) if packed else cubin
+            entry += skip + length
+
+
+def unzstd(packed: bytes, size: int) -> bytes:
+    """Expand a Zstandard frame: Python has no module for it before 3.14, the system has the library."""
+    library = ctypes.CDLL("libzstd.so.1")
+    library.ZSTD_decompress.restype = ctypes.c_size_t
+    library.ZSTD_decompress.argtypes = (ctypes.c_char_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_size_t)
+    out = ctypes.create_string_buffer(size)
+    if library.ZSTD_decompress(out, size, packed, len(packed)) != size:
+        raise SystemExit("a cubin is compressed in another way: build with nvcc -Xfatbin -compress=false")
+    return out.raw
+
+
 def kernels(binary: Path) -> dict[str, dict[str, Budget]]:
-    """{target: {kernel: budget}} of everything nvcc has compiled into a shared object or object file."""
+    """{target: {kernel: budget}} of a binary that nvcc has made."""
     found: dict[str, dict[str, Budget]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        command = [tool("cuobjdump"), "--extract-elf", "all", str(binary.resolve())]
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
-        for cubin in sorted(Path(folder).glob("*.cubin")):
-            target = re.search(r"sm_\d+a?", cubin.name)
-            codes = {n[6:]: (info, code) for n, info, code in sections(cubin.read_bytes()) if n.startswith(".text.")}
-            for name, (info, code) in zip(demangled(list(codes)), codes.values(), strict=True):
-                found.setdefault(target[0] if target else "?", {})[name] = budget_of(code, info)
+    for target, cubin in cubins(binary.read_bytes()):
+        parts = dict(sections(cubin))
+        used = registers(parts[".nv.info"], parts[".symtab"], parts[".strtab"])
+        mangled = [name[6:] for name in parts if name.startswith(".text.")]
+        for name, plain in zip(mangled, demangled(mangled), strict=True):
+            budget = {"registers": used[name], **instructions(parts[f".text.{name}"])}
+            found.setdefault(target, {})[plain] = budget
     return {target: dict(sorted(found[target].items())) for target in sorted(found)}
-
-
-def tool(name: str) -> str:
-    """A program of the CUDA toolkit, which may not be on PATH though nvcc is."""
-    if path := shutil.which(name):
-        return path
-    said = subprocess.run(["nvcc", "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
-    top = re.search(r"^#\$ TOP=(.*)$", said, re.MULTILINE)
-    return str(Path(top[1] if top else "", "bin", name))
 
 
 def compiler() -> str:
@@ -101,9 +135,10 @@ def broken_rules(found: dict[str, dict[str, Budget]]) -> Iterator[str]:
             for name in FORBIDDEN:
                 if budget.get(name):
                     yield f"{target} {kernel}: {budget[name]} {name}, expected none"
-            for name, instruction in (("wgmma", "HGMMA"), ("mma_", "HMMA")):
-                if name in kernel and not budget.get(instruction):
-                    yield f"{target} {kernel}: no {instruction}"
+            for name, needed in CLAIMS.items():
+                missing = [instruction for instruction in needed if not budget.get(instruction)]
+                if kernel.startswith(name) and missing:
+                    yield f"{target} {kernel}: no {', '.join(missing)}"
 
 
 def differences(found: dict[str, dict[str, Budget]], table: dict[str, dict[str, Budget]]) -> Iterator[str]:
@@ -120,13 +155,23 @@ def differences(found: dict[str, dict[str, Budget]], table: dict[str, dict[str, 
                     yield f"{target} {kernel}: {name} {one.get(name, 0)}, the table says {other.get(name, 0)}"
 
 
-def check(binary: Path) -> list[str]:
+def excess(found: dict[str, dict[str, Budget]]) -> list[str]:
     """What is wrong with the kernels of a binary; nothing: all is as in the table."""
-    found, table = kernels(binary), json.loads(TABLE.read_text())
-    wrong = list(broken_rules(found))
+    table, wrong = json.loads(TABLE.read_text()), list(broken_rules(found))
     if table["nvcc"] == compiler():
         wrong += differences(found, {target: table["kernels"].get(target, {}) for target in found})
     return wrong
+
+
+def as_text(found: dict[str, dict[str, Budget]]) -> str:
+    """The table, a kernel a line, so that a change of one is a line of the diff."""
+    targets = [
+        f'  "{target}": {{\n'
+        + ",\n".join(f"   {json.dumps(kernel)}: {json.dumps(budget)}" for kernel, budget in budgets.items())
+        + "\n  }"
+        for target, budgets in found.items()
+    ]
+    return f'{{\n "nvcc": "{compiler()}",\n "kernels": {{\n' + ",\n".join(targets) + "\n }\n}\n"
 
 
 def main(arguments: list[str]) -> int:
@@ -136,12 +181,10 @@ def main(arguments: list[str]) -> int:
     if len(names) != 1:
         print(__doc__)
         return 2
+    found = kernels(Path(names[0]))
     if write:
-        found = kernels(Path(names[0]))
-        TABLE.write_text(json.dumps({"nvcc": compiler(), "kernels": found}, indent=1) + "\n")
-        wrong = list(broken_rules(found))
-    else:
-        wrong = check(Path(names[0]))
+        TABLE.write_text(as_text(found))
+    wrong = excess(found)
     print("\n".join(wrong) or "all kernels within their budgets")
     return bool(wrong)
 

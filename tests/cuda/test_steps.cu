@@ -223,7 +223,7 @@ void report(const std::string &name, const std::string &wrong) {
 }
 
 bool same(const ms_cuda_header &a, const ms_cuda_header &b) { // but for the padding
-  return a.call == b.call && a.layer == b.layer && a.T == b.T && a.D == b.D && a.K == b.K && a.E == b.E &&
+  return a.call == b.call && a.layer == b.layer && a.T == b.T && a.first == b.first && a.D == b.D && a.K == b.K && a.E == b.E &&
          a.dtype == b.dtype && a.replicated == b.replicated && a.fault == b.fault && a.fault_index == b.fault_index &&
          a.fault_at == b.fault_at;
 }

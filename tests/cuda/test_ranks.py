@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers over 1 to 4 CUDA ranks, NCCL between them: the formula, whoever has the tokens or the columns, and errors.
+
+Every rank is a process. On ptxsim they have a device each; elsewhere the machine must have as many.
+"""
+
+import dataclasses
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from workers import on_ranks
+
+import moeshard
+from moeshard import Plan, cuda
+
+RANKS = pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+UNEVEN = {1: [23], 2: [21, 2], 3: [0, 23, 0], 4: [10, 0, 1, 12]}  # tokens of each rank
+
+
+@pytest.fixture(scope="module")
+def cuda_workers(simdev):
+    """Four processes; ptxsim is slow, so a busy machine must not look like a lost rank."""
+    if not simdev.simulated and cuda.extension().device_count() < 4:
+        pytest.skip("needs a CUDA device for each of 4 ranks")
+    with moeshard.launch(4, timeout=100, env={"PTXSIM_DEVICES": "4"}) as ranks:
+        yield ranks
+
+
+def case_of(tokens, **change):
+    from layer_cases import Case
+
+    kind = {"tokens": sum(tokens), "d_model": 32, "d_ff": 37, "experts": 5, "choices": 2, "routing": "dropped"}
+    return Case("ranks", **{**kind, **change})
+
+
+def device_rows():
+    """simdev's tensors, that also slice rows."""
+    import simdev
+
+    class Tensor(simdev.Tensor):
+        def __getitem__(self, rows):
+            start, stop, _ = rows.indices(self.shape[0])
+            return Tensor((stop - start, *self.shape[1:]), self.dtype, self.storage, self.strides, self.offset)
+
+    return Tensor
+
+
+class Layer:
+    """This rank's columns and the tensors of its calls, on its device."""
+
+    def __init__(self, group, case, plan="shard", number=0, chunks=1):
+        import simdev
+        from layer_cases import inputs
+
+        from moeshard.plans import plan_for
+
+        simdev.set_device(group.rank)
+        self.group, self.case, self.number = group, case, number
+        self.given = inputs(case)
+        table = plan_for(plan, group.size, case.experts, case.d_ff)
+        self.packed = cuda.extension().PackedExperts(
+            columns=table.columns[group.rank],
+            d_model=case.d_model,
+            d_ff=case.d_ff,
+            dtype=case.dtype,
+            activation=case.activation,
+            gated=case.gated,
+            b_in=case.bias,
+            b_out=case.bias,
+            device=group.rank,
+        )
+        for expert in range(case.experts):
+            stacks = (self.given[name] for name in ("w_in", "w_out", "b_in", "b_out"))
+            self.packed.pack(expert, *(None if stack is None else stack[expert] for stack in stacks))
+        kept = moeshard.worker_state.setdefault((group, "engines"), {})  # one for each number of chunks
+        if chunks not in kept:
+            kept[chunks] = cuda.CudaEngine(group, group.rank, chunks=chunks)
+        self.engine = group._engine = kept[chunks]
+
+    def enqueue(self, tokens, **change):
+        """A call with this rank's share of the tokens; the tensor that it writes."""
+        make = device_rows()
+        first = sum(tokens[: self.group.rank])
+        own = slice(first, first + tokens[self.group.rank])
+        given = {**self.given, **change}
+        hidden, index, weights = (
+            make(given[name][own].shape, given[name].dtype).copy_(given[name][own].contiguous())
+            for name in ("hidden", "index", "weights")
+        )
+        out = make(hidden.shape, hidden.dtype)  # NaN: what is not written shows
+        with self.group.call():
+            with self.engine.checking():
+                pass
+            self.engine.forward(self.packed, hidden, index, weights, out, layer=self.number)
+        return out
+
+    def forward(self, tokens, **change):
+        return self.enqueue(tokens, **change).torch()
+
+
+def outputs(group, case, tokens, plan="shard", chunks=1, repeat=1):
+    layer = Layer(group, case, plan, chunks=chunks)
+    found = [layer.forward(tokens) for _ in range(repeat)]
+    assert all(torch.equal(bits(one), bits(found[0])) for one in found), "other bits on a repeated call"
+    return found[0]
+
+
+def bits(tensor):
+    return tensor.contiguous().view(torch.uint8)
+
+
+def check(workers, ranks, case, tokens, **options):
+    """Run on the ranks, compare every element with its bound in float64; the outputs of all, together."""
+    from layer_cases import inputs, reference
+
+    found = torch.cat(on_ranks(workers, ranks, outputs, case, tokens, **options))
+    expected, bound = reference(case, inputs(case))
+    error = np.abs(found.double().numpy() - expected)
+    assert (error <= bound).all(), f"{(~(error <= bound)).sum()} of {error.size} off, worst {np.nanmax(error / bound)}"
+    return found
+
+
+@RANKS
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_ragged_columns_and_uneven_tokens_equal_float64(cuda_workers, ranks, dtype):
+    tokens = UNEVEN[ranks]
+    check(cuda_workers, ranks, case_of(tokens, dtype=dtype), tokens, repeat=2 if ranks < 3 else 1)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_float32_equals_float64(cuda_workers, ranks):
+    tokens = [7, 2, 0][:ranks]
+    check(cuda_workers, ranks, case_of(tokens, dtype="float32"), tokens)
+
+
+@RANKS
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_biases_are_added_once_whatever_the_number_of_ranks(cuda_workers, ranks, gated):
+    tokens = UNEVEN[ranks]
+    check(cuda_workers, ranks, case_of(tokens, gated=gated, bias=True, activation="silu"), tokens)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("layout", ["expert_parallel", "whole", "reverse", "uneven"])
+def test_every_valid_table_is_right(cuda_workers, ranks, layout):
+    case = case_of([6] * ranks)
+    plan = {
+        "expert_parallel": "expert_parallel",
+        "whole": Plan.expert_parallel(ranks, case.experts, case.d_ff, [ranks - 1] * case.experts),
+        "reverse": Plan.from_columns(Plan.shard(ranks, case.experts, case.d_ff).columns[::-1], case.d_ff),
+        "uneven": Plan.shard(ranks, case.experts, case.d_ff, speed=list(range(1, ranks + 1))),
+    }[layout]
+    check(cuda_workers, ranks, case, [6] * ranks, plan=plan)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_chunks_do_not_change_a_bit(cuda_workers, ranks):
+    """With more ranks NCCL, and ptxsim's too, is free to sum in another order."""
+    tokens = UNEVEN[ranks]
+    case = case_of(tokens)
+    whole, *others = (check(cuda_workers, ranks, case, tokens, chunks=chunks) for chunks in (1, 2, 3))
+    assert all(torch.equal(bits(whole), bits(other)) for other in others)
+
+
+def several_calls(group, case):
+    """Other numbers of tokens in every call, none too, and two layers of one group."""
+    layers = [Layer(group, case, number=0), Layer(group, case, "expert_parallel", number=1)]
+    shares = ([8, 0], [3, 5], [0, 0], [1, 7], [8, 0])
+    return [[layer.forward(tokens) for layer in layers] for tokens in shares]
+
+
+def test_the_numbers_of_tokens_may_change_with_every_call(cuda_workers):
+    case = case_of([8])
+    expected, *_ = (check(cuda_workers, 1, case, [8]),)
+    first, second = on_ranks(cuda_workers, 2, several_calls, case)
+    from layer_cases import inputs, reference
+
+    _, bound = reference(case, inputs(case))
+    for call, tokens in enumerate(([8, 0], [3, 5], [0, 0], [1, 7], [8, 0])):
+        for layer in (0, 1):
+            found = torch.cat([first[call][layer], second[call][layer]])
+            assert found.shape[0] == sum(tokens)
+            difference = (found.double() - expected.double()[: sum(tokens)]).abs().numpy()
+            assert (difference <= 2 * bound[: sum(tokens)]).all()
+
+
+def reserved(group, case):
+    layer = Layer(group, case)
+    group.reserve(6)
+    fits = layer.forward([6, 2])
+    try:
+        layer.forward([1, 7])
+        said = ""
+    except moeshard.ArgumentError as error:
+        said = str(error)
+    again = layer.forward([6, 2])
+    group.reserve(None)
+    return said, torch.equal(bits(fits), bits(again)), fits
+
+
+def test_a_rank_with_more_than_is_reserved_raises_and_the_ranks_stay_in_step(cuda_workers):
+    case = case_of([8])
+    (said, same, first), (said_too, same_too, second) = on_ranks(cuda_workers, 2, reserved, case)
+    assert said == "" and "7 tokens" in said_too and "room for 6" in said_too
+    assert same and same_too
+    from layer_cases import inputs, reference
+
+    expected, bound = reference(case, inputs(case))
+    assert (np.abs(torch.cat([first, second]).double().numpy() - expected) <= bound).all()
+
+
+def disagree(group, case, reserve, chunks):
+    """Ranks call different layers. Agreed on the host: at once. Reserved: found by the device, raised by `faults`."""
+    layers = [Layer(group, case, number=number, chunks=chunks) for number in (0, 1)]
+    group.reserve(8 if reserve else None)
+    said = None
+    try:
+        layers[group.rank].forward([4, 4])
+        layers[group.rank].engine._engine.faults()
+    except moeshard.RankMismatch as error:
+        said = str(error)
+    group.reserve(None)
+    return said, layers[0].forward([4, 4])
+
+
+@pytest.mark.parametrize(
+    ("reserve", "chunks"),
+    [pytest.param(False, 1, id="agreed"), pytest.param(True, 1, id="reserved"), pytest.param(True, 3, id="in-chunks")],
+)
+def test_ranks_that_disagree_raise_the_same_error_once_and_go_on(cuda_workers, reserve, chunks):
+    case = case_of([8])
+    (said, first), (said_too, second) = on_ranks(cuda_workers, 2, disagree, case, reserve, chunks)
+    assert said is not None and said == said_too and "layer" in said
+    from layer_cases import inputs, reference
+
+    expected, bound = reference(case, inputs(case))
+    assert (np.abs(torch.cat([first, second]).double().numpy() - expected) <= bound).all()
+
+
+def bad_router(group, case, chunks):
+    layer = Layer(group, case, chunks=chunks)
+    bad = layer.given["index"].clone()
+    bad[-1, -1] = 77  # the last token is the last rank's
+    said = []
+    try:
+        layer.forward([4, 4], index=bad)
+        layer.engine._engine.faults()
+    except moeshard.MoeshardError as error:
+        said = [type(error).__name__, str(error)]
+    return said, layer.forward([4, 4])
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_bad_index_of_one_rank_is_raised_once_on_every_rank(cuda_workers, chunks):
+    case = case_of([8])
+    (said, first), (said_too, second) = on_ranks(cuda_workers, 2, bad_router, case, chunks)
+    assert said_too[0] == "RangeError" and "77" in said_too[1]
+    assert said[0] == "PeerError" and "rank 1" in said[1]
+    from layer_cases import inputs, reference
+
+    expected, bound = reference(case, inputs(case))
+    assert (np.abs(torch.cat([first, second]).double().numpy() - expected) <= bound).all()
+
+
+def station(group, monkeypatch):
+    """Let a model of CPU tensors have its MoE layers on this rank's device: torch here may know no CUDA.
+
+    ``shard`` is told that the weights are there, and the layer's tensors are carried to the device and back.
+    """
+    from moeshard import api
+
+    site = api._site
+
+    def on_device(*arguments):
+        made = site(*arguments)
+        return dataclasses.replace(made, sizes=dataclasses.replace(made.sizes, device=f"cuda:{group.rank}"))
+
+    def forward(layer, hidden, index, weights):
+        make, engine = device_rows(), layer.group.engine(group.rank)
+        rows = [tensor.flatten(0, -2).contiguous() for tensor in (hidden, index, weights)]
+        with layer.group.call():
+            with engine.checking():
+                *there, out = (make(tensor.shape, tensor.dtype).copy_(tensor) for tensor in (*rows, rows[0]))
+            engine.forward(layer.packed, *there, out, layer=layer.layer)
+        return out.torch().view(hidden.shape)
+
+    monkeypatch.setattr(api, "_site", on_device)
+    monkeypatch.setattr(moeshard.ShardedExperts, "forward", forward)
+
+
+def sharded_model(group):
+    import simdev
+    from switch_models import batch, compare, run, switch_model
+
+    simdev.set_device(group.rank)
+    Layer(group, case_of([1]))  # the engine that the other tests use
+    inputs = batch(2 + group.rank, 5, seed=group.rank)
+    model, whole = switch_model("encoder", num_experts=3), switch_model("encoder", num_experts=3)
+    with pytest.MonkeyPatch.context() as patch:
+        station(group, patch)
+        model = moeshard.shard(model, group=group, progress=False)
+        difference, flips = compare(run(whole, inputs), run(model, inputs))
+        model = moeshard.unshard(model)
+    pairs = zip(model.state_dict().values(), whole.state_dict().values(), strict=True)
+    return difference, flips, all(torch.equal(bits(one), bits(other)) for one, other in pairs)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_sharded_encoder_equals_the_whole_one_and_comes_back_bit_for_bit(cuda_workers, ranks):
+    for difference, flips, same in on_ranks(cuda_workers, ranks, sharded_model):
+        assert difference < 1e-5 and not flips
+        assert same
+
+
+def survive(victim, case, reserve):
+    """Rank `victim` kills itself between two calls: what the others raise, and after how long."""
+    group = moeshard.init(timeout=4)
+    layer = Layer(group, case)
+    tokens = [4] * group.size
+    layer.forward(tokens)
+    group.reserve(4 if reserve else None)
+    if group.rank == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+    start, said = time.monotonic(), None
+    try:
+        for _ in range(100):
+            layer.enqueue(tokens)
+            time.sleep(0.1)
+    except (moeshard.CommError, moeshard.CudaError) as error:
+        said = type(error).__name__
+    print(f"rank {group.rank} raised {said} after {time.monotonic() - start:.1f} s, closed: {group.closed}")
+
+
+@pytest.mark.parametrize("reserve", [False, True], ids=["agreed", "reserved"])
+def test_a_killed_rank_raises_on_the_others_and_nothing_hangs(simdev, capfd, reserve):
+    if not simdev.simulated and cuda.extension().device_count() < 3:
+        pytest.skip("needs a CUDA device for each of 3 ranks")
+    with moeshard.launch(3, timeout=8, env={"PTXSIM_DEVICES": "3"}) as ranks:
+        with pytest.raises(moeshard.RankLost):
+            ranks.run(survive, 2, case_of([12]), reserve)
+
+
+@dataclasses.dataclass
+class Refusal:
+    """What a rank without NCCL says."""
+
+    kind: str
+    text: str
+
+
+def without_nccl():
+    os.environ["MOESHARD_NCCL"] = "/nowhere/libnccl.so.2"
+    group = moeshard.init()
+    try:
+        group.engine(group.rank)
+    except moeshard.CommError as error:
+        return Refusal(type(error).__name__, str(error))
+    return None
+
+
+def test_a_wrong_nccl_path_is_named_on_every_rank(simdev):
+    with moeshard.launch(2, timeout=20, env={"PTXSIM_DEVICES": "2"}) as ranks:
+        first, second = ranks.run(without_nccl)
+    assert first.kind == "CommError" and "MOESHARD_NCCL=/nowhere/libnccl.so.2 cannot be loaded" in first.text
+    assert second.kind == "PeerError" and "/nowhere/libnccl.so.2" in second.text
