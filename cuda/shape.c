@@ -9,12 +9,14 @@
 enum {
   ALIGN = 256, // of every piece of memory: what cudaMalloc gives
   PIECE = 16,  // bytes of the widest copy: rows start at multiples of it
-  // group: up to this many slots and counters (int16, one for each warp and expert) one block sorts in shared memory
-  SMALL_SLOTS = 8192,
-  SMALL_EXPERTS = 1024,
-  SLOTS_PER_CHUNK = 256, // at least, when many warps sort side by side
-  MOST_CHUNKS = 512,
-  MOST_COUNTERS = 1 << 22
+  // group
+  WARPS = 32,
+  SMALL_SLOTS = 8192,      // one block sorts up to so many
+  SMALL_BYTES = 96 << 10,  // in so much shared memory, which every device has
+  CHUNK_STEP = 1024,       // else chunks are multiples of it,
+  CHUNK_SLOTS = 32768,     // at most so long: their counters have 16 bits
+  MOST_CHUNKS = 128,       // and no more of them than that, or than
+  MOST_COUNTERS = 1 << 16 // this for all experts, unless they were too long then: one block adds the counters up
 };
 
 static int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -31,12 +33,15 @@ static int32_t choose_tile_rows(int64_t slots, int32_t E) {
   return rows <= 24 ? 16 : rows <= 96 ? 64 : 128;
 }
 
+// How many blocks sort side by side, 0: one block alone. Balances their rounds (1024 slots, 2 us) with the sums over
+// E * chunks counters (15000 a us).
 static int32_t choose_chunks(int64_t slots, int32_t E) {
-  if (slots <= SMALL_SLOTS && E <= SMALL_EXPERTS) return 0;
-  int64_t chunks = slots / SLOTS_PER_CHUNK, most = MOST_COUNTERS / E;
-  if (most > MOST_CHUNKS) most = MOST_CHUNKS;
+  int64_t warps = slots < WARPS * WARPS ? (slots + WARPS - 1) / WARPS : WARPS;
+  if (slots <= SMALL_SLOTS && E * (8 + 2 * warps) <= SMALL_BYTES - 64) return 0;
+  int64_t most = MOST_COUNTERS / E < MOST_CHUNKS ? MOST_COUNTERS / E : MOST_CHUNKS; // E <= MS_MAX_EXPERTS: not 0
+  int64_t chunks = (slots + CHUNK_STEP - 1) / CHUNK_STEP, least = (slots + CHUNK_SLOTS - 1) / CHUNK_SLOTS;
   if (chunks > most) chunks = most;
-  return chunks < 1 ? 1 : (int32_t)chunks;
+  return (int32_t)(chunks > least ? chunks : least);
 }
 
 ms_status ms_cuda_shape_plan(ms_cuda_shape *s, ms_error *err) {
@@ -47,7 +52,7 @@ ms_status ms_cuda_shape_plan(ms_cuda_shape *s, ms_error *err) {
   int64_t size = ms_dtype_size(s->dtype);
   s->N = s->R * s->T;
   s->slots = s->N * s->K;
-  if (s->slots > INT32_MAX)
+  if (s->slots > INT32_MAX - 2 * CHUNK_SLOTS) // kernels round up
     return ms_fail(err, MS_ESHAPE, "%lld tokens x %d choices: expected fewer than 2^31", (long long)s->N, s->K);
   s->ld_x = round_up(s->D, PIECE / size);
   s->ld_h = round_up(s->F, PIECE / size);
@@ -68,7 +73,8 @@ ms_status ms_cuda_shape_plan(ms_cuda_shape *s, ms_error *err) {
   place(&at, 4 * MS_CUDA_TICKETS); // at the same place for every shape: they stay zero
   s->messages_at = place(&at, s->R * s->message_bytes);
   // tiles before each expert; and the counters of the sort, or the faults of each block of gather
-  int64_t counters = (int64_t)s->sort_chunks * s->E, blocks = 2 * MS_CUDA_ROUTE_BLOCKS;
+  int64_t counters = s->sort_chunks ? s->sort_chunks * (int64_t)s->E + (s->slots + 1) / 2 : 0; // and ranks
+  int64_t blocks = 2 * MS_CUDA_ROUTE_BLOCKS;
   s->counts_at = place(&at, 4 * (s->E + 1 + (counters > blocks ? counters : blocks)));
   s->offset_at = place(&at, 4 * ((int64_t)s->E + 1));
   s->order_at = place(&at, 4 * s->slots);

@@ -5,6 +5,33 @@
 
 static int32_t pieces(int32_t n, int32_t of) { return (n + of - 1) / of; }
 
+// A kernel may use more than 48 KiB of shared memory only after its limit was raised; rare, and twice does no harm.
+template <auto KERNEL> static ms_status allow_shared(int32_t bytes, ms_error *err) {
+  if (bytes > 48 << 10) MS_CUDA(cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), err);
+  return MS_OK;
+}
+
+static ms_status one_block(ms_group_args a, cudaStream_t stream, ms_error *err) {
+  a.chunk_slots = pieces(pieces(a.slots, MS_GROUP_THREADS / 32), 32) * 32; // whole steps of a warp
+  a.chunks = a.slots ? pieces(a.slots, a.chunk_slots) : 1;
+  int32_t bytes = 8 * (a.E + 1) + 2 * a.E * a.chunks;
+  MS_TRY(allow_shared<ms_group_small>(bytes, err));
+  ms_group_small<<<1, MS_GROUP_THREADS, (size_t)bytes, stream>>>(a);
+  return ms_cuda_status(cudaGetLastError(), "group", err);
+}
+
+static ms_status many_blocks(ms_group_args a, int32_t chunks, cudaStream_t stream, ms_error *err) {
+  a.chunk_slots = pieces(pieces(a.slots, chunks), MS_GROUP_THREADS) * MS_GROUP_THREADS;
+  a.chunks = pieces(a.slots, a.chunk_slots);
+  int32_t bytes = 2 * a.E;
+  MS_TRY(allow_shared<ms_group_count>(bytes, err));
+  ms_group_count<<<(unsigned)a.chunks, MS_GROUP_THREADS, (size_t)bytes, stream>>>(a);
+  MS_TRY(ms_cuda_status(cudaGetLastError(), "group: count", err));
+  // There are no more tiles than slots: a tile has a row.
+  ms_group_place<<<(unsigned)pieces(a.slots, MS_GROUP_PLACE_THREADS), MS_GROUP_PLACE_THREADS, 0, stream>>>(a);
+  return ms_cuda_status(cudaGetLastError(), "group: place", err);
+}
+
 ms_status ms_cuda_group(const ms_cuda_shape *shape, const ms_cuda_view *view, void *stream, ms_error *err) {
   ms_group_args a = {};
   a.messages = view->messages;
@@ -18,25 +45,12 @@ ms_status ms_cuda_group(const ms_cuda_shape *shape, const ms_cuda_view *view, vo
   a.ticket = view->tickets + 1;
   a.tiles_before = view->counts;
   a.counters = a.tiles_before + shape->E + 1;
+  a.rank = (uint16_t *)(a.counters + (int64_t)shape->sort_chunks * shape->E);
   a.offset = view->offset;
   a.order = view->order;
   a.tiles = view->tiles;
   a.tile_count = view->tile_count;
   a.faults = view->faults;
-
-  int32_t most = shape->sort_chunks ? shape->sort_chunks : MS_GROUP_SCAN_WARPS;
-  a.chunk_slots = pieces(pieces(a.slots, most), 32) * 32;
-  a.chunks = a.slots ? pieces(a.slots, a.chunk_slots) : 1;
-  cudaStream_t on = (cudaStream_t)stream;
-  if (!shape->sort_chunks) {
-    int32_t bytes = a.E * a.chunks * (int32_t)sizeof(uint16_t);
-    if (bytes > 48 << 10) // 64 KiB at most: E <= 1024 and 32 chunks
-      MS_CUDA(cudaFuncSetAttribute(ms_group_small, cudaFuncAttributeMaxDynamicSharedMemorySize, 64 << 10), err);
-    ms_group_small<<<1, MS_GROUP_SCAN_THREADS, (size_t)bytes, on>>>(a);
-    return ms_cuda_status(cudaGetLastError(), "group", err);
-  }
-  ms_group_count<<<(unsigned)pieces(a.chunks, MS_GROUP_SCAN_WARPS), MS_GROUP_SCAN_THREADS, 0, on>>>(a);
-  MS_TRY(ms_cuda_status(cudaGetLastError(), "group: count", err));
-  ms_group_place<<<(unsigned)pieces(a.chunks, MS_GROUP_WARPS), 32 * MS_GROUP_WARPS, 0, on>>>(a);
-  return ms_cuda_status(cudaGetLastError(), "group: place", err);
+  return shape->sort_chunks ? many_blocks(a, shape->sort_chunks, (cudaStream_t)stream, err)
+                            : one_block(a, (cudaStream_t)stream, err);
 }

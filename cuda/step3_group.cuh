@@ -3,23 +3,22 @@
 //   offset [E+1], order [slots]    the slots (token * K + choice) sorted by expert, stable: a counting sort
 //   tiles [tile_count]             every expert's rows in pieces of tile_rows, experts in order
 //
-// The slots are cut in chunks, each walked twice by one warp, 32 slots a step:
+// The slots are cut in chunks:
 //
-//   count    counters[e][chunk] = slots of the chunk with expert e
-//   scan     counters[e][chunk] = where the first of them goes; offset; tiles        by one block
-//   place    order[counters[e][chunk]++] = slot
+//   count    counters[chunk][e] = slots of the chunk with expert e; each slot's rank among those of its chunk
+//   scan     counters become sums over the chunks before; offset; tiles before each expert
+//   place    order[offset[e] + counters[chunk][e] + rank] = slot; tile i's expert is searched for
 //
-// In a step, lanes with the same expert find each other by match_any; the first of them moves the counter by their
-// number. A chunk belongs to one warp, so no counter is ever shared and nothing depends on timing.
-//
-// Small batches (sort_chunks = 0): one block of 32 warps does all in shared memory, 16-bit counters. Else two launches:
-// count, whose last block scans; and place.
+// Small batches: one block does all in shared memory, 16-bit counters, a chunk for each warp, which walks it twice
+// (count, place). Else two launches: count, a chunk for each block, whose last block scans; and place, a thread for
+// each slot and each tile. Whoever counts does so in the order of slots, so nothing depends on timing.
 //
 // Headers of all ranks are compared here, by the block that scans. If they disagree, or tell of a fault, there are no
 // tiles, so no rank computes, and the host finds the headers in `faults`.
 //
-// Cost: reads slots * 8 bytes, writes slots * 4; counters 8 * E * chunks. Latency bound: a step is one load of 32
-// experts and one counter.
+// Cost: reads slots * 10 bytes, writes slots * 6 (one block: 8 and 4); counters 12 * E * chunks. Latency bound: one
+// block some thousand cycles; else about 100 cycles for each warp of a chunk, and a scan of 16 bytes * E * chunks by one
+// multiprocessor.
 // Slow twins: ms_reference_group, ms_header_check.
 //
 // SPDX-License-Identifier: Apache-2.0
@@ -29,7 +28,7 @@
 #include "moeshard_cuda.h"
 #include "ms_ptx_sync.cuh"
 
-enum { MS_GROUP_SCAN_THREADS = 1024, MS_GROUP_SCAN_WARPS = 32, MS_GROUP_WARPS = 4 };
+enum { MS_GROUP_THREADS = 1024, MS_GROUP_PLACE_THREADS = 256 };
 
 typedef struct ms_group_args {
   const char *messages;
@@ -38,7 +37,8 @@ typedef struct ms_group_args {
   int32_t chunks, chunk_slots, tile_rows;
   int32_t *ticket;
   int32_t *tiles_before; // [E+1] scratch
-  int32_t *counters;     // [E][chunks] when chunks are sorted side by side
+  int32_t *counters;     // [chunks][E] when chunks are sorted side by side
+  uint16_t *rank;        // [slots] as well
   int32_t *offset, *order;
   ms_cuda_tile *tiles;
   int32_t *tile_count;
@@ -53,9 +53,11 @@ __device__ __forceinline__ int32_t ms_group_expert(const ms_group_args &a, int32
   return (uint32_t)e < (uint32_t)a.E ? e : -1;
 }
 
-// Walk one chunk, all lanes of a warp. counter(e) is at counters[e * chunks + chunk].
-template <bool PLACE, typename Counter>
-__device__ __forceinline__ void ms_group_walk(const ms_group_args &a, Counter *counters, int32_t chunks, int32_t chunk) {
+// Walk one chunk, all lanes of a warp: 32 slots a step. Lanes with the same expert find each other; the first of them
+// moves the counter by their number. A chunk belongs to one warp, so nothing depends on timing.
+template <bool PLACE>
+__device__ __forceinline__ void ms_group_walk(const ms_group_args &a, uint16_t *counters, const int32_t *offset,
+                                              int32_t chunk) {
   int32_t lane = threadIdx.x % 32, begin = chunk * a.chunk_slots;
   int32_t end = begin + a.chunk_slots < a.slots ? begin + a.chunk_slots : a.slots;
   for (int32_t base = begin; base < end; base += 32) {
@@ -65,14 +67,16 @@ __device__ __forceinline__ void ms_group_walk(const ms_group_args &a, Counter *c
     int32_t leader = __ffs(same) - 1;
     int32_t first = 0;
     if (e >= 0 && lane == leader) {
-      Counter *counter = counters + (int64_t)e * chunks + chunk;
+      uint16_t *counter = counters + chunk * a.E + e;
       first = *counter;
-      *counter = (Counter)(first + __popc(same));
+      *counter = (uint16_t)(first + __popc(same));
     }
+#ifndef MS_PLANT_GROUP_SYNCWARP
     __syncwarp(); // the next step's leader is another lane
+#endif
     if (PLACE) {
       first = __shfl_sync(0xffffffffu, first, leader);
-      if (e >= 0) a.order[first + __popc(same & ((1u << lane) - 1))] = slot;
+      if (e >= 0) a.order[offset[e] + first + __popc(same & ((1u << lane) - 1))] = slot;
     }
   }
 }
@@ -86,16 +90,17 @@ __device__ __forceinline__ int32_t ms_warp_inclusive(int32_t x) {
   return x;
 }
 
-// Sum over the threads before this one, of the whole block. `scratch` [32] shared.
-__device__ __forceinline__ int32_t ms_block_exclusive(int32_t x, int32_t *scratch) {
+// Sum over the threads before this one, of the whole block, and over all of it. `scratch` [32] shared.
+__device__ __forceinline__ int32_t ms_block_exclusive(int32_t x, int32_t *scratch, int32_t *all) {
   int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int32_t inclusive = ms_warp_inclusive(x);
   __syncthreads(); // scratch may still be read by an earlier call
   if (lane == 31) scratch[warp] = inclusive;
   __syncthreads();
-  int32_t before = scratch[lane];
-  before = ms_warp_inclusive(before) - before;
-  return inclusive - x + __shfl_sync(0xffffffffu, before, warp);
+  int32_t warps = ms_warp_inclusive(scratch[lane]);
+  *all = __shfl_sync(0xffffffffu, warps, 31);
+  int32_t before = __shfl_sync(0xffffffffu, warps, warp > 0 ? warp - 1 : 0);
+  return inclusive - x + (warp > 0 ? before : 0);
 }
 
 __device__ __forceinline__ bool ms_headers_agree(const ms_group_args &a) {
@@ -120,97 +125,130 @@ __device__ __forceinline__ void ms_tell_faults(const ms_group_args &a) {
   if (threadIdx.x == 0) *(volatile int32_t *)&a.faults->found = 1;
 }
 
-// All of a block of MS_GROUP_SCAN_THREADS.
+// The counters of one expert become sums over the chunks before each. Returns the sum over all.
 template <typename Counter>
-__device__ __forceinline__ void ms_group_scan(const ms_group_args &a, Counter *counters, int32_t chunks) {
-  __shared__ int32_t scratch[MS_GROUP_SCAN_WARPS];
-  int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int32_t e = warp; e < a.E; e += MS_GROUP_SCAN_WARPS) { // within each expert
-    Counter *own = counters + (int64_t)e * chunks;
-    int32_t before = 0;
-    for (int32_t base = 0; base < chunks; base += 32) {
-      int32_t c = base + lane, count = c < chunks ? own[c] : 0;
-      int32_t inclusive = ms_warp_inclusive(count);
-      if (c < chunks) own[c] = (Counter)(before + inclusive - count);
-      before += __shfl_sync(0xffffffffu, inclusive, 31);
-    }
-    if (lane == 0) a.offset[e] = before; // its number of slots, for now
+__device__ __forceinline__ int32_t ms_group_sum(Counter *counters, int32_t E, int32_t chunks) {
+  enum { AHEAD = 8 }; // loads in flight
+  int32_t before = 0;
+  for (int32_t c0 = 0; c0 < chunks; c0 += AHEAD) {
+    int32_t count[AHEAD];
+#pragma unroll
+    for (int32_t i = 0; i < AHEAD; i++) count[i] = c0 + i < chunks ? counters[(int64_t)(c0 + i) * E] : 0;
+#pragma unroll
+    for (int32_t i = 0; i < AHEAD; i++)
+      if (c0 + i < chunks) {
+        counters[(int64_t)(c0 + i) * E] = (Counter)before;
+        before += count[i];
+      }
   }
-  __syncthreads();
+  return before;
+}
 
-  int32_t each = (a.E + MS_GROUP_SCAN_THREADS - 1) / MS_GROUP_SCAN_THREADS; // over experts, some each thread
-  int32_t e0 = threadIdx.x * each, e1 = e0 + each < a.E ? e0 + each : a.E;
-  int32_t rows = 0, tiles = 0;
-  for (int32_t e = e0; e < e1; e++) {
-    rows += a.offset[e];
-    tiles += (a.offset[e] + a.tile_rows - 1) / a.tile_rows;
-  }
-  rows = ms_block_exclusive(rows, scratch);
-  tiles = ms_block_exclusive(tiles, scratch);
-  for (int32_t e = e0; e < e1; e++) {
-    int32_t count = a.offset[e];
-    a.offset[e] = rows;
-    a.tiles_before[e] = tiles;
-    rows += count;
-    tiles += (count + a.tile_rows - 1) / a.tile_rows;
-    if (e == a.E - 1) {
-      a.offset[a.E] = rows;
-      a.tiles_before[a.E] = tiles;
+// All of a block: sums over chunks; offset and tiles_before, which the caller keeps in shared or global memory; the
+// verdict on the headers.
+template <typename Counter>
+__device__ __forceinline__ void ms_group_scan(const ms_group_args &a, Counter *counters, int32_t *offset,
+                                              int32_t *tiles_before) {
+  __shared__ int32_t scratch[MS_GROUP_THREADS / 32];
+  int32_t rows = 0, tiles = 0; // of the experts before
+  for (int32_t base = 0; base < a.E; base += MS_GROUP_THREADS) {
+    int32_t e = base + threadIdx.x, all_rows, all_tiles;
+    int32_t count = e < a.E ? ms_group_sum(counters + e, a.E, a.chunks) : 0;
+    int32_t row = rows + ms_block_exclusive(count, scratch, &all_rows);
+    int32_t tile = tiles + ms_block_exclusive((count + a.tile_rows - 1) / a.tile_rows, scratch, &all_tiles);
+    if (e < a.E) {
+      offset[e] = row;
+      tiles_before[e] = tile;
     }
+    rows += all_rows;
+    tiles += all_tiles;
   }
-  bool agree = ms_headers_agree(a); // a barrier too
+  bool agree = ms_headers_agree(a);
   if (!agree) ms_tell_faults(a);
-  if (threadIdx.x == 0) *a.tile_count = agree ? a.tiles_before[a.E] : 0;
-
-  for (int32_t e = warp; e < a.E; e += MS_GROUP_SCAN_WARPS) {
-    int32_t first = a.offset[e], count = a.offset[e + 1] - first;
-    if (count == 0) continue; // whole warps
-    for (int32_t c = lane; c < chunks; c += 32) {
-      Counter *own = counters + (int64_t)e * chunks + c;
-      *own = (Counter)(*own + first);
-    }
-    int32_t tile = a.tiles_before[e];
-    for (int32_t row = lane * a.tile_rows; row < count; row += 32 * a.tile_rows) {
-      ms_cuda_tile t = {e, first + row, count - row < a.tile_rows ? count - row : a.tile_rows};
-      a.tiles[tile + row / a.tile_rows] = t;
-    }
+  if (threadIdx.x == 0) {
+    offset[a.E] = rows;
+    tiles_before[a.E] = tiles;
+    *a.tile_count = agree ? tiles : 0;
   }
+}
+
+// Tile i is of the last expert that has no more than i tiles before it: experts without tiles are passed over.
+__device__ __forceinline__ void ms_group_tile(const ms_group_args &a, const int32_t *offset, const int32_t *tiles_before,
+                                              int32_t i) {
+  int32_t e = 0, end = a.E;
+  while (end - e > 1) {
+    int32_t middle = e + (end - e) / 2;
+    if (tiles_before[middle] <= i)
+      e = middle;
+    else
+      end = middle;
+  }
+  int32_t first = offset[e] + (i - tiles_before[e]) * a.tile_rows, rows = offset[e + 1] - first;
+  a.tiles[i] = ms_cuda_tile{e, first, rows < a.tile_rows ? rows : a.tile_rows};
 }
 
 // ---- kernels ---------------------------------------------------------------------------------------------------
 
-// All in one block. Dynamic shared memory: [E][chunks] uint16.
-__global__ void __launch_bounds__(MS_GROUP_SCAN_THREADS) ms_group_small(const ms_group_args a) {
-  extern __shared__ uint16_t ms_group_counters[];
+// All in one block; a chunk for each warp. Dynamic shared memory: ms_group_small_bytes.
+__global__ void __launch_bounds__(MS_GROUP_THREADS) ms_group_small(const ms_group_args a) {
+  extern __shared__ int32_t ms_group_shared[];
+  int32_t *offset = ms_group_shared, *tiles_before = offset + a.E + 1;
+  uint16_t *counters = (uint16_t *)(tiles_before + a.E + 1); // [chunks][E]
   int32_t warp = threadIdx.x / 32;
-  for (int32_t i = threadIdx.x; i < a.E * a.chunks; i += MS_GROUP_SCAN_THREADS) ms_group_counters[i] = 0;
+  for (int32_t i = threadIdx.x; i < a.E * a.chunks; i += MS_GROUP_THREADS) counters[i] = 0;
   __syncthreads();
-  if (warp < a.chunks) ms_group_walk<false>(a, ms_group_counters, a.chunks, warp);
+  if (warp < a.chunks) ms_group_walk<false>(a, counters, offset, warp);
   __syncthreads();
-  ms_group_scan(a, ms_group_counters, a.chunks);
+  ms_group_scan(a, counters, offset, tiles_before);
+#ifndef MS_PLANT_GROUP_BARRIER
   __syncthreads();
-  if (warp < a.chunks) ms_group_walk<true>(a, ms_group_counters, a.chunks, warp);
+#endif
+  if (warp < a.chunks) ms_group_walk<true>(a, counters, offset, warp);
+  for (int32_t i = threadIdx.x; i < tiles_before[a.E]; i += MS_GROUP_THREADS) ms_group_tile(a, offset, tiles_before, i);
+  for (int32_t e = threadIdx.x; e <= a.E; e += MS_GROUP_THREADS) a.offset[e] = offset[e];
 }
 
-__global__ void __launch_bounds__(MS_GROUP_SCAN_THREADS) ms_group_count(const ms_group_args a) {
+// A chunk for each block, 1024 slots a round: warps take turns at the counters. Dynamic shared memory: [E] uint16.
+__global__ void __launch_bounds__(MS_GROUP_THREADS) ms_group_count(const ms_group_args a) {
+  extern __shared__ int32_t ms_group_shared[];
   __shared__ bool last;
-  int32_t warps = MS_GROUP_SCAN_WARPS, chunk = blockIdx.x * warps + threadIdx.x / 32;
-  if (chunk < a.chunks) {
-    for (int32_t e = threadIdx.x % 32; e < a.E; e += 32) a.counters[(int64_t)e * a.chunks + chunk] = 0;
-    __syncwarp();
-    ms_group_walk<false>(a, a.counters, a.chunks, chunk);
+  uint16_t *counters = (uint16_t *)ms_group_shared;
+  int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, begin = blockIdx.x * a.chunk_slots;
+  int32_t end = begin + a.chunk_slots < a.slots ? begin + a.chunk_slots : a.slots;
+  for (int32_t e = threadIdx.x; e < a.E; e += MS_GROUP_THREADS) counters[e] = 0;
+  __syncthreads();
+  for (int32_t base = begin; base < end; base += MS_GROUP_THREADS) {
+    int32_t slot = base + threadIdx.x, turns = (end - base + 31) / 32;
+    int32_t e = slot < end ? ms_group_expert(a, slot) : -1;
+    uint32_t same = __match_any_sync(0xffffffffu, e);
+    int32_t leader = __ffs(same) - 1, first = 0;
+    for (int32_t turn = 0; turn < turns && turn < MS_GROUP_THREADS / 32; turn++) {
+      if (turn == warp && e >= 0 && lane == leader) {
+        first = counters[e];
+        counters[e] = (uint16_t)(first + __popc(same));
+      }
+#ifndef MS_PLANT_GROUP_TURN
+      __syncthreads();
+#endif
+    }
+    first = __shfl_sync(0xffffffffu, first, leader);
+    if (slot < end) a.rank[slot] = (uint16_t)(first + __popc(same & ((1u << lane) - 1)));
   }
+  __syncthreads();
+  for (int32_t e = threadIdx.x; e < a.E; e += MS_GROUP_THREADS) a.counters[(int64_t)blockIdx.x * a.E + e] = counters[e];
   __syncthreads();
   if (threadIdx.x == 0) last = ms_ticket_acq_rel(a.ticket) == gridDim.x - 1;
   __syncthreads();
   if (!last) return;
-  ms_group_scan(a, a.counters, a.chunks);
+  ms_group_scan(a, a.counters, a.offset, a.tiles_before);
   if (threadIdx.x == 0) *a.ticket = 0;
 }
 
-__global__ void __launch_bounds__(32 * MS_GROUP_WARPS) ms_group_place(const ms_group_args a) {
-  int32_t chunk = blockIdx.x * MS_GROUP_WARPS + threadIdx.x / 32;
-  if (chunk < a.chunks) ms_group_walk<true>(a, a.counters, a.chunks, chunk);
+__global__ void __launch_bounds__(MS_GROUP_PLACE_THREADS) ms_group_place(const ms_group_args a) {
+  int32_t i = blockIdx.x * MS_GROUP_PLACE_THREADS + threadIdx.x;
+  int32_t e = i < a.slots ? ms_group_expert(a, i) : -1;
+  if (e >= 0) a.order[a.offset[e] + a.counters[(int64_t)(i / a.chunk_slots) * a.E + e] + a.rank[i]] = i;
+  if (i < *a.tile_count) ms_group_tile(a, a.offset, a.tiles_before, i);
 }
 
 #endif

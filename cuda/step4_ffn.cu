@@ -48,7 +48,7 @@ template <bool UP, bool GATED, int ROWS, typename Storage>
 ms_status launch_mma(const ms_cuda_shape *shape, const ms_cuda_view *view, ms_activation activation, void *stream,
                      ms_error *err) {
   using tile = ms_ffn_tile<ROWS>;
-  static_assert(tile::BM * (tile::BN + 4) * 4 <= tile::BYTES, "the sums of a tile are staged where the stages were");
+  static_assert(tile::BM * tile::STAGED * 4 <= tile::BYTES, "the sums of a tile are staged where the stages were");
   constexpr auto kernel = ms_ffn<UP, GATED, ROWS, Storage>;
   ms_ffn_args args = args_of(shape, UP, GATED ? tile::BN / 2 : tile::BN);
   unsigned blocks = blocks_of(shape, args, 2);

@@ -44,7 +44,8 @@ template <int ROWS> struct ms_ffn_tile {
     PIECES = BK / MS_FFN_PIECE,
     LINES = MS_FFN_THREADS / PIECES, // rows that the block copies at a time
     STAGE = (BM + BN) * BK,
-    BYTES = STAGES * STAGE
+    BYTES = STAGES * STAGE,
+    STAGED = BN + 8 // floats from row to row of staged sums
   };
 };
 
@@ -58,7 +59,8 @@ template <int BK> __device__ __forceinline__ uint32_t ms_ffn_at(int32_t row, int
 template <bool UP, bool GATED, int ROWS, typename Storage> struct ms_ffn_copies {
   using tile = ms_ffn_tile<ROWS>;
   enum : int32_t { A_COPIES = tile::BM / tile::LINES, B_COPIES = tile::BN / tile::LINES };
-  const char *a[A_COPIES], *b;
+  const char *a_base, *b;
+  uint32_t a[A_COPIES];   // pieces from a_base to the row: half the registers of pointers, and reaches 64 GiB
   int64_t b_stride, b_up; // bytes to the next 8 columns (gated) or LINES columns; from gate rows to up rows
   int32_t a_rows, b_columns, depth, line, piece;
 
@@ -66,10 +68,12 @@ template <bool UP, bool GATED, int ROWS, typename Storage> struct ms_ffn_copies 
     const int32_t size = sizeof(Storage);
     line = threadIdx.x / tile::PIECES, piece = threadIdx.x % tile::PIECES;
     a_rows = item.tile.rows - line;
+    a_base = UP ? view.hidden : view.h;
 #pragma unroll
     for (int i = 0; i < A_COPIES; i++) {
       bool there = i * tile::LINES < a_rows;
-      a[i] = ms_ffn_row<UP>(args, view, item.tile.first + (there ? line + i * tile::LINES : 0), size);
+      const char *row = ms_ffn_row<UP>(args, view, item.tile.first + (there ? line + i * tile::LINES : 0), size);
+      a[i] = (uint32_t)((row - a_base) / MS_FFN_PIECE);
     }
     const ms_cuda_expert &e = item.expert;
     int64_t row_bytes = (UP ? args.ld_x : e.ld_out) * size; // ld_in is ld_x
@@ -87,20 +91,21 @@ template <bool UP, bool GATED, int ROWS, typename Storage> struct ms_ffn_copies 
     int32_t at = step * tile::BK;
     bool inside = at < depth;
     int32_t from = inside ? at + piece * MS_FFN_PIECE : 0;
+    const char *a_from = a_base + from, *row = b + from;
 #pragma unroll
     for (int i = 0; i < A_COPIES; i++)
-      ms_cp_async16(stage + ms_ffn_at<tile::BK>(line + i * tile::LINES, piece), a[i] + from,
-                    inside && i * tile::LINES < a_rows);
+      ms_cp_async16(stage + ms_ffn_at<tile::BK>(line + i * tile::LINES, piece),
+                    a_from + (int64_t)ms_here(a[i]) * MS_FFN_PIECE, inside && i * tile::LINES < a_rows);
     stage += tile::BM * tile::BK;
 #pragma unroll
     for (int i = 0; i < B_COPIES; i++) {
       // gated, 8 lines at a time: every other copy is of up rows
       bool alternate = GATED && tile::LINES == 8;
-      int32_t forward = alternate ? i / 2 : i;
-      int32_t columns = forward * (GATED ? 8 : (int32_t)tile::LINES);
+      int32_t columns = (alternate ? i / 2 : i) * (GATED ? 8 : (int32_t)tile::LINES);
       bool there = inside && columns < b_columns;
-      const char *row = b + forward * b_stride + (alternate && i % 2 ? b_up : 0);
-      ms_cp_async16(stage + ms_ffn_at<tile::BK>(line + i * tile::LINES, piece), there ? row + from : b, there);
+      ms_cp_async16(stage + ms_ffn_at<tile::BK>(line + i * tile::LINES, piece),
+                    there ? row + (alternate && i % 2 ? b_up : 0) : b, there);
+      if (!alternate || i % 2) row += b_stride;
     }
   }
 };
@@ -115,120 +120,128 @@ __device__ __forceinline__ void ms_ffn_multiply(uint32_t stage,
   const int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int32_t m0 = warp / tile::WARPS_N * tile::M16 * 16, n0 = warp % tile::WARPS_N * tile::N16 * 16;
   const uint32_t b_stage = stage + tile::BM * tile::BK;
-#pragma unroll
+#pragma unroll (sizeof(Storage) == 4 && ROWS == 128 ? 2 : tile::PIECES / 2) // tf32: rounding takes registers, else they spill
   for (int k = 0; k < tile::PIECES; k += 2) {
-    uint32_t a[tile::M16][4], b[tile::N16][4];
+    uint32_t a[tile::M16][4];
 #pragma unroll
-    for (int m = 0; m < tile::M16; m++)
+    for (int m = 0; m < tile::M16; m++) {
       ms_ldmatrix4(a[m], stage + ms_ffn_at<tile::BK>(m0 + m * 16 + lane % 16, k + lane / 16));
+      ms_operands(a[m], (const Storage *)nullptr);
+    }
 #pragma unroll
-    for (int n = 0; n < tile::N16; n++)
-      ms_ldmatrix4(b[n], b_stage + ms_ffn_at<tile::BK>(n0 + n * 16 + lane % 8 + lane / 16 * 8, k + lane / 8 % 2));
+    for (int n = 0; n < tile::N16; n++) {
+      uint32_t b[4];
+      ms_ldmatrix4(b, b_stage + ms_ffn_at<tile::BK>(n0 + n * 16 + lane % 8 + lane / 16 * 8, k + lane / 8 % 2));
+      ms_operands(b, (const Storage *)nullptr);
 #pragma unroll
-    for (int m = 0; m < tile::M16; m++)
-#pragma unroll
-      for (int n = 0; n < tile::N16; n++) {
-        ms_mma(sum[m][2 * n], a[m], b[n][0], b[n][1], (const Storage *)nullptr);
-        ms_mma(sum[m][2 * n + 1], a[m], b[n][2], b[n][3], (const Storage *)nullptr);
+      for (int m = 0; m < tile::M16; m++) {
+        ms_mma(sum[m][2 * n], a[m], b[0], b[1], (const Storage *)nullptr);
+        ms_mma(sum[m][2 * n + 1], a[m], b[2], b[3], (const Storage *)nullptr);
       }
+    }
   }
 }
 
 // ---- epilogues -------------------------------------------------------------------------------------------------
+// Sums are staged as floats [BM][BN + 8], where the stages were: 8 rows of float2 then lie in different banks. A thread
+// has the same 16 bytes of columns in all its rows, so its biases stay in registers.
 
-__device__ __forceinline__ void ms_ffn_put(float *to, float x, float y) { *(float2 *)to = make_float2(x, y); }
-__device__ __forceinline__ void ms_ffn_put(__nv_bfloat16 *to, float x, float y) {
-  *(uint32_t *)to = ms_round2<__nv_bfloat16>(x, y);
-}
-__device__ __forceinline__ void ms_ffn_put(__half *to, float x, float y) { *(uint32_t *)to = ms_round2<__half>(x, y); }
-
-// H from the sums, first into `staged` [BM][columns + 16 bytes].
-template <bool GATED, int ROWS, typename Storage, ms_activation ACTIVATION>
-__device__ __forceinline__ void ms_ffn_stage_h(const ms_ffn_item &item, Storage *staged,
-                                               const float (&sum)[ms_ffn_tile<ROWS>::M16][2 * ms_ffn_tile<ROWS>::N16][4]) {
-  using tile = ms_ffn_tile<ROWS>;
-  const int32_t columns = GATED ? tile::BN / 2 : tile::BN, stride = columns + 16 / (int32_t)sizeof(Storage);
-  const int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int32_t m0 = warp / tile::WARPS_N * tile::M16 * 16, n0 = warp % tile::WARPS_N * tile::N16 * (GATED ? 8 : 16);
-  const float *b_in = item.expert.b_in;
-#pragma unroll
-  for (int g = 0; g < (GATED ? 1 : 2) * tile::N16; g++) { // 8 columns at a time
-    int32_t column = n0 + g * 8 + lane % 4 * 2;
-    float bias[2] = {0.f, 0.f}, bias_up[2] = {0.f, 0.f};
-    if (b_in)
-      for (int c = 0; c < 2; c++)
-        if (column + c < item.columns) {
-          bias[c] = b_in[item.column + column + c];
-          if (GATED) bias_up[c] = b_in[item.expert.width + item.column + column + c];
-        }
-#pragma unroll
-    for (int m = 0; m < tile::M16; m++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        float h[2];
-#pragma unroll
-        for (int c = 0; c < 2; c++) {
-          h[c] = ms_activate<ACTIVATION>(sum[m][GATED ? 2 * g : g][2 * half + c] + bias[c]);
-          if (GATED) h[c] *= sum[m][2 * g + 1][2 * half + c] + bias_up[c];
-        }
-        ms_ffn_put(staged + (m0 + m * 16 + half * 8 + lane / 4) * stride + column, h[0], h[1]);
-      }
-  }
-}
-
-template <bool GATED, int ROWS, typename Storage>
-__device__ __forceinline__ void ms_ffn_store_h(const ms_ffn_args &args, const ms_cuda_view &view,
-                                               const ms_ffn_item &item, const Storage *staged) {
-  using tile = ms_ffn_tile<ROWS>;
-  const int32_t columns = GATED ? tile::BN / 2 : tile::BN, each = 16 / (int32_t)sizeof(Storage);
-  const int32_t stride = columns + each, pieces = columns / each;
-  for (int32_t i = threadIdx.x; i < item.tile.rows * pieces; i += MS_FFN_THREADS) {
-    int32_t row = i / pieces, column = i % pieces * each;
-    if (column >= item.columns) continue;
-    Storage *to = (Storage *)view.h + (item.tile.first + row) * args.ld_h + item.column + column;
-    *(uint4 *)to = *(const uint4 *)(staged + row * stride + column);
-  }
-}
-
-// The sums as they are, into `staged` [BM][BN + 4].
-template <int ROWS>
+// The sums as they are; gated: gate columns in the left half, up columns in the right.
+template <bool GATED, int ROWS>
 __device__ __forceinline__ void ms_ffn_stage_sums(float *staged,
                                                   const float (&sum)[ms_ffn_tile<ROWS>::M16][2 * ms_ffn_tile<ROWS>::N16][4]) {
   using tile = ms_ffn_tile<ROWS>;
   const int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int32_t m0 = warp / tile::WARPS_N * tile::M16 * 16, n0 = warp % tile::WARPS_N * tile::N16 * 16;
+  const int32_t row = warp / tile::WARPS_N * tile::M16 * 16 + lane / 4;
+  const int32_t n8 = warp % tile::WARPS_N * tile::N16 * (GATED ? 1 : 2); // of the staged columns
+  float *to = staged + row * tile::STAGED + n8 * 8 + lane % 4 * 2;
 #pragma unroll
   for (int m = 0; m < tile::M16; m++)
 #pragma unroll
     for (int g = 0; g < 2 * tile::N16; g++)
 #pragma unroll
       for (int half = 0; half < 2; half++)
-        ms_ffn_put(staged + (m0 + m * 16 + half * 8 + lane / 4) * (tile::BN + 4) + n0 + g * 8 + lane % 4 * 2,
-                   sum[m][g][2 * half], sum[m][g][2 * half + 1]);
+        *(float2 *)(to + (m * 16 + half * 8) * tile::STAGED + (GATED ? g / 2 * 8 + g % 2 * (tile::BN / 2) : g * 8)) =
+            make_float2(sum[m][g][2 * half], sum[m][g][2 * half + 1]);
+}
+
+// COUNT staged sums; of 8, every other 4 lanes take the second half first: no bank is asked twice.
+template <int COUNT> __device__ __forceinline__ void ms_ffn_staged(const float *from, float (&to)[COUNT]) {
+  const int32_t flip = COUNT == 8 ? threadIdx.x / 4 % 2 : 0;
+  float4 first = ((const float4 *)from)[flip], second = first;
+  if (COUNT == 8) {
+    second = ((const float4 *)from)[1 - flip];
+    if (flip) {
+      float4 other = first;
+      first = second, second = other;
+    }
+  }
+  to[0] = first.x, to[1] = first.y, to[2] = first.z, to[3] = first.w;
+  if (COUNT == 8) to[COUNT - 4] = second.x, to[COUNT - 3] = second.y, to[COUNT - 2] = second.z, to[COUNT - 1] = second.w;
+}
+
+// COUNT biases from `column` on; 0 beyond the columns and where there is none.
+template <int COUNT>
+__device__ __forceinline__ void ms_ffn_biases(const float *bias, int32_t column, int32_t columns, float (&to)[COUNT]) {
+#pragma unroll
+  for (int c = 0; c < COUNT; c++) to[c] = bias && column + c < columns ? bias[column + c] : 0.f;
+}
+
+__device__ __forceinline__ uint4 ms_ffn_round(const float (&x)[4], const float *) {
+  return make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3]));
+}
+template <typename Storage> __device__ __forceinline__ uint4 ms_ffn_round(const float (&x)[8], const Storage *) {
+  return make_uint4(ms_round2<Storage>(x[0], x[1]), ms_round2<Storage>(x[2], x[3]), ms_round2<Storage>(x[4], x[5]),
+                    ms_round2<Storage>(x[6], x[7]));
+}
+
+template <bool GATED, int ROWS, typename Storage, ms_activation ACTIVATION>
+__device__ __forceinline__ void ms_ffn_store_h(const ms_ffn_args &args, const ms_cuda_view &view,
+                                               const ms_ffn_item &item, const float *staged) {
+  using tile = ms_ffn_tile<ROWS>;
+  constexpr int32_t EACH = 16 / sizeof(Storage), PIECES = (GATED ? tile::BN / 2 : tile::BN) / EACH;
+  const int32_t column = threadIdx.x % PIECES * EACH;
+  if (column >= item.columns) return;
+  const float *b_in = item.expert.b_in ? item.expert.b_in + item.column : nullptr;
+  float bias[EACH], bias_up[EACH];
+  ms_ffn_biases<EACH>(b_in, column, item.columns, bias);
+  if (GATED) ms_ffn_biases<EACH>(b_in ? b_in + item.expert.width : b_in, column, item.columns, bias_up);
+  for (int32_t row = threadIdx.x / PIECES; row < item.tile.rows; row += MS_FFN_THREADS / PIECES) {
+    float h[EACH], up[EACH];
+    ms_ffn_staged<EACH>(staged + row * tile::STAGED + column, h);
+    if (GATED) ms_ffn_staged<EACH>(staged + row * tile::STAGED + tile::BN / 2 + column, up);
+#pragma unroll
+    for (int c = 0; c < EACH; c++) {
+      h[c] = ms_activate<ACTIVATION>(h[c] + bias[c]);
+      if (GATED) h[c] *= up[c] + bias_up[c];
+    }
+    Storage *to = (Storage *)view.h + (item.tile.first + row) * args.ld_h + item.column + column;
+    *(uint4 *)to = ms_ffn_round(h, (const Storage *)nullptr);
+  }
 }
 
 template <int ROWS>
 __device__ __forceinline__ void ms_ffn_store_slots(const ms_ffn_args &args, const ms_cuda_view &view,
                                                    const ms_ffn_item &item, const float *staged) {
   using tile = ms_ffn_tile<ROWS>;
-  const int32_t pieces = tile::BN / 4;
-  const float *b_out = item.expert.b_out;
-  for (int32_t i = threadIdx.x; i < item.tile.rows * pieces; i += MS_FFN_THREADS) {
-    int32_t row = i / pieces, column = i % pieces * 4, there = item.columns - column;
-    if (there <= 0) continue;
+  constexpr int32_t EACH = 4, PIECES = tile::BN / EACH;
+  const int32_t column = threadIdx.x % PIECES * EACH;
+  if (column >= item.columns) return;
+  float bias[EACH];
+  ms_ffn_biases<EACH>(item.expert.b_out ? item.expert.b_out + item.column : nullptr, column, item.columns, bias);
+  for (int32_t row = threadIdx.x / PIECES; row < item.tile.rows; row += MS_FFN_THREADS / PIECES) {
     int32_t slot = view.order[item.tile.first + row];
-    float weight = ms_ffn_weight(args, view, slot), y[4];
-    float4 s = *(const float4 *)(staged + row * (tile::BN + 4) + column);
-    const float sums[4] = {s.x, s.y, s.z, s.w};
+    float weight = ms_ffn_weight(args, view, slot), y[EACH];
+    ms_ffn_staged<EACH>(staged + row * tile::STAGED + column, y);
 #pragma unroll
-    for (int c = 0; c < 4; c++) y[c] = weight * (sums[c] + (b_out && c < there ? b_out[item.column + column + c] : 0.f));
+    for (int c = 0; c < EACH; c++) y[c] = weight * (y[c] + bias[c]);
     float *to = view.slot + (int64_t)slot * args.D + item.column + column;
-    if (args.D % 4 == 0) {
+    if (args.D % EACH == 0) {
       *(float4 *)to = make_float4(y[0], y[1], y[2], y[3]);
     } else {
 #pragma unroll
-      for (int c = 0; c < 4; c++)
-        if (c < there) to[c] = y[c];
+      for (int c = 0; c < EACH; c++)
+        if (column + c < item.columns) to[c] = y[c];
     }
   }
 }
@@ -264,15 +277,12 @@ __global__ void __launch_bounds__(MS_FFN_THREADS, 2)
     }
     ms_cp_async_wait<0>();
     __syncthreads(); // the stages are free
+    float *staged = (float *)ms_ffn_shared;
+    ms_ffn_stage_sums<GATED, ROWS>(staged, sum);
+    __syncthreads();
     if (UP) {
-      Storage *staged = (Storage *)ms_ffn_shared;
-      MS_FOR_ACTIVATION(activation, (ms_ffn_stage_h<GATED, ROWS, Storage, ACT>(item, staged, sum)));
-      __syncthreads();
-      ms_ffn_store_h<GATED, ROWS, Storage>(args, view, item, staged);
+      MS_FOR_ACTIVATION(activation, (ms_ffn_store_h<GATED, ROWS, Storage, ACT>(args, view, item, staged)));
     } else {
-      float *staged = (float *)ms_ffn_shared;
-      ms_ffn_stage_sums<ROWS>(staged, sum);
-      __syncthreads();
       ms_ffn_store_slots<ROWS>(args, view, item, staged);
     }
     __syncthreads(); // staged has been read

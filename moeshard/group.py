@@ -35,6 +35,7 @@ Backend = Literal["one", "shm", "torch"]
 
 _CONTROL_LAYER = -1  # the layer that calls between layers claim to be, so that a rank inside a layer is told apart
 _CONTROL_WIDTH = 1024  # float32 words a row: messages travel as rows of 4 KiB
+_NO_CHOICES, _NO_WEIGHTS = np.empty((1, 0), np.int32), np.empty((1, 0), np.float32)
 
 
 class Exchange(Protocol):
@@ -195,6 +196,24 @@ class Group:
             self.combine(self.batch)
         return np.split(gathered, counts.cumsum()[:-1])
 
+    def gather_row(self, row: NDArray[Any]) -> NDArray[Any]:
+        """Every rank's row, by the shortest way, within :meth:`call`.
+
+        Args:
+            row: ``[D]`` of an 8-byte dtype; D is the same on all ranks.
+
+        Returns:
+            ``[R, D]``.
+
+        Raises:
+            CommError: as :meth:`all_gather`.
+        """
+        self.batch.route(row.view(np.float32)[None], _NO_CHOICES, _NO_WEIGHTS, 1, layer=_CONTROL_LAYER)
+        self.gather(self.batch)
+        rows = self.batch.rows()
+        self.combine(self.batch)
+        return rows.view(row.dtype)
+
     def barrier(self) -> None:
         """Wait for all ranks.
 
@@ -235,6 +254,7 @@ class Group:
             from .cuda import CudaEngine
 
             self._engine = CudaEngine(self, device)
+            atexit.register(close_all)  # before the CUDA runtime is torn down under a communicator's thread
         if self._engine.device != device:
             raise _core.ArgumentError(
                 f"device: this rank has cuda:{self._engine.device}, it cannot use cuda:{device} too"
@@ -244,7 +264,7 @@ class Group:
     def reserve(self, tokens: int | None) -> None:
         """Fix the room that the CUDA ranks exchange in every call, so that their hosts need not agree. Collective.
 
-        Without it every call of a layer starts with a message between the hosts (some ten microseconds on one host):
+        Without it every call of a layer starts with a message between the hosts (:meth:`gather_row`):
         the ranks agree on the largest number of tokens. With it a layer is enqueued without waiting for anybody, and
         can be captured in a CUDA graph; rows that a rank does not use travel all the same. On CPUs nothing changes.
 

@@ -8,10 +8,11 @@ import types
 
 import numpy as np
 import pytest
+import torch
 from workers import on_ranks, subgroup
 
 import moeshard
-from moeshard import _core, cuda
+from moeshard import Plan, ShardedExperts, _core, cuda
 
 EXPERTS = types.SimpleNamespace(d_model=4, num_experts=8)
 
@@ -175,6 +176,56 @@ def test_a_rank_that_could_not_enqueue_takes_the_others_out_of_their_wait(worker
 def test_a_fault_of_an_earlier_call_leaves_the_ranks_in_step(workers):
     for lost, closed, aborted in on_ranks(workers, 2, fail, moeshard.RangeError("index 9 of an earlier call")):
         assert lost is None and not closed and aborted == []
+
+
+class OnCuda(torch.Tensor):
+    """A tensor that says it is on a CUDA device."""
+
+    device = property(lambda self: torch.device("cuda", 0))
+
+
+class PackedExperts:
+    """Experts that say they are on a CUDA device."""
+
+    num_experts, d_model, d_ff, dtype, device, activation, gated, nbytes = 8, 4, 2, "float32", 0, "relu", False, 0
+
+
+def layer_on(group, **options):
+    engine_of(group)
+    return ShardedExperts(PackedExperts(), Plan.shard(group.size, 8, 2), group, layer=7, **options)
+
+
+def test_the_layer_enqueues_where_its_experts_are():
+    with moeshard.init("one") as group:
+        layer = layer_on(group)
+        hidden = torch.randn(2, 3, 4).as_subclass(OnCuda)
+        index = torch.zeros(2, 3, 2, dtype=torch.int64).as_subclass(OnCuda)
+        out = layer(hidden, index, torch.ones(2, 3, 2).as_subclass(OnCuda))
+        assert out.shape == (2, 3, 4) and out.device == layer.device == torch.device("cuda", 0)
+        assert group.engine(0)._engine.calls == [(6, 6, 7)]
+
+
+@pytest.mark.parametrize("stranger", [0, 1, 2], ids=["hidden_states", "top_k_index", "top_k_weights"])
+def test_a_tensor_on_the_cpu_is_refused_by_name(stranger):
+    with moeshard.init("one") as group:
+        layer = layer_on(group)
+        inputs = [torch.randn(3, 4), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2)]
+        given = [tensor if i == stranger else tensor.as_subclass(OnCuda) for i, tensor in enumerate(inputs)]
+        name = ("hidden_states", "top_k_index", "top_k_weights")[stranger]
+        with pytest.raises(
+            moeshard.ArgumentError, match=f"{name}: expected a tensor on cuda:0 .*, got cpu"
+        ):
+            layer(*given)
+        assert group.engine(0)._engine.calls == []
+
+
+def replicated(group):
+    with pytest.raises(moeshard.ArgumentError, match="'replicated' is not there yet on CUDA"):
+        layer_on(group, replicated=True)
+
+
+def test_replicated_tokens_are_refused_on_several_devices(workers):
+    on_ranks(workers, 2, replicated)
 
 
 def two_devices(group):

@@ -26,26 +26,38 @@ def seconds(run, repeats=10):
     return statistics.median(times)
 
 
+def copy_rate():
+    """Bytes a second, read and written, of a copy of 4 GiB."""
+    source = torch.randn(1 << 30, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / seconds(lambda: target.copy_(source))
+
+
+def product_rate(n=8192):
+    """FLOP/s of an n^3 product of random bfloat16 matrices."""
+    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * n**3 / seconds(lambda: torch.matmul(a, b, out=out), 30)
+
+
 def main(path):
     """Measure, print, and write the file."""
     query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu,memory.total"
-    said = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv"], capture_output=True, text=True)
-    print(said.stdout)
+    try:
+        said = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv"], capture_output=True, text=True
+        ).stdout
+    except OSError as error:
+        said = str(error)
+    print(said)
     device = torch.cuda.get_device_properties(0)
-    source = torch.randn(1 << 30, device="cuda")
-    target = torch.empty_like(source)
-    copy = 2 * source.numel() * 4 / seconds(lambda: target.copy_(source))
-    del source, target
-    n = 8192
-    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    out = torch.empty_like(a)
-    product = 2 * n**3 / seconds(lambda: torch.matmul(a, b, out=out), 30)
+    copy, product = copy_rate(), product_rate()
     facts = {
         "device": device.name,
         "multiprocessors": device.multi_processor_count,
         "l2_bytes": device.L2_cache_size,
         "torch": torch.__version__,
-        "nvidia_smi": said.stdout,
+        "nvidia_smi": said,
         "copy_bytes_per_second": copy,
         "bfloat16_flops": product,
     }

@@ -49,6 +49,7 @@ class Layer:
     """Weights and three inputs of a shape."""
 
     def __init__(self, shape, generator):
+        """Draw them; popular experts come first."""
         self.shape = shape
         e, d, f = shape.experts, shape.d_model, shape.d_ff
         rows = 2 * f if shape.gated else f
@@ -70,6 +71,7 @@ class Layer:
             self.inputs.append((hidden, index, weight))
 
     def activate(self, x):
+        """What lies between the two products."""
         if not self.shape.gated:
             return torch.relu(x)
         gate, up = x.chunk(2, dim=-1)
@@ -83,6 +85,7 @@ def sort_rows(index):
 
 
 def eager(layer, hidden, index, weight):
+    """HuggingFace's loop over the experts that have tokens."""
     out = torch.zeros_like(hidden)
     mask = F.one_hot(index, layer.shape.experts).permute(2, 1, 0)
     for e in (mask.sum(dim=(-1, -2)) > 0).nonzero()[:, 0].tolist():
@@ -93,6 +96,7 @@ def eager(layer, hidden, index, weight):
 
 
 def loop(layer, hidden, index, weight):
+    """One sort, then two products for each expert."""
     order, expert = sort_rows(index)
     counts = torch.bincount(expert, minlength=layer.shape.experts).tolist()
     rows = hidden[order // layer.shape.choices]
@@ -107,6 +111,7 @@ def loop(layer, hidden, index, weight):
 
 
 def scatter(layer, hidden, order, y, weight):
+    """Weigh the rows, add those of a token."""
     y = y * weight.reshape(-1)[order, None].to(y.dtype)
     if layer.shape.choices == 1:
         return torch.empty_like(hidden).index_copy_(0, order, y)
@@ -115,6 +120,7 @@ def scatter(layer, hidden, order, y, weight):
 
 
 def grouped(layer, hidden, index, weight):
+    """One sort, then two grouped products of torch."""
     order, expert = sort_rows(index)
     ends = torch.searchsorted(expert, torch.arange(layer.shape.experts, device="cuda"), right=True).int()
     rows = hidden[order // layer.shape.choices]
@@ -124,6 +130,7 @@ def grouped(layer, hidden, index, weight):
 
 
 def padded(layer, hidden, index, weight):
+    """Every expert padded to the fullest, two batched products."""
     order, expert = sort_rows(index)
     counts = torch.bincount(expert, minlength=layer.shape.experts)
     capacity = int(counts.max())
@@ -177,6 +184,7 @@ def exact(layer, hidden, index, weight):
 
 
 def milliseconds(run, repeats):
+    """Median time of run(i), i of the inputs in turn."""
     times = []
     for i in range(repeats + 3):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -189,7 +197,7 @@ def milliseconds(run, repeats):
 
 
 def graphs(run):
-    """A captured graph for each input, or None where the layer synchronises with the host."""
+    """A captured graph for each input."""
     captured = []
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -242,6 +250,7 @@ def measure(shape, ceilings):
 
 
 def table_line(result):
+    """A shape's result in a line."""
     cells = []
     for name, entry in result["layers"].items():
         if "eager_ms" not in entry:
@@ -256,6 +265,7 @@ def table_line(result):
 
 
 def main(facts, path):
+    """Measure the grid, print a line a shape, keep the file complete."""
     torch.backends.cuda.matmul.allow_tf32 = False
     with open(facts) as file:
         ceilings = json.load(file)

@@ -64,7 +64,7 @@ fragments() {
 }
 
 tests_python() {
-  PYTHONPATH="$bin/lib" "$python" -m pytest -q -rs -p no:cacheprovider --rootdir "$root" tests/cuda
+  PYTHONPATH="$bin/lib" "$python" -P -m pytest -q -rs -p no:cacheprovider --rootdir "$root" tests/cuda
 }
 
 plants() { # each planted bug must show: by results, or in a tool

@@ -74,7 +74,7 @@ def test_collectives_are_right_on_two_streams_and_in_a_graph(start, ranks, launc
 def test_a_killed_rank_is_reported_and_nothing_hangs(start):
     alive, killed = start(2, "die", 5)
     assert killed is None
-    assert alive[0] in (ELOST, ETIMEOUT)
+    assert alive[0] in (ECOMM, ELOST, ETIMEOUT)  # NCCL may not know what it was that failed
 
 
 def test_a_rank_that_comes_no_more_is_reported_within_the_timeout(start):

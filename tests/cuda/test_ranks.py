@@ -213,9 +213,9 @@ def test_a_rank_with_more_than_is_reserved_raises_and_the_ranks_stay_in_step(cud
     assert (np.abs(torch.cat([first, second]).double().numpy() - expected) <= bound).all()
 
 
-def disagree(group, case, reserve):
+def disagree(group, case, reserve, chunks):
     """Ranks call different layers. Agreed on the host: at once. Reserved: found by the device, raised by `faults`."""
-    layers = [Layer(group, case, number=number) for number in (0, 1)]
+    layers = [Layer(group, case, number=number, chunks=chunks) for number in (0, 1)]
     group.reserve(8 if reserve else None)
     said = None
     try:
@@ -227,10 +227,13 @@ def disagree(group, case, reserve):
     return said, layers[0].forward([4, 4])
 
 
-@pytest.mark.parametrize("reserve", [False, True], ids=["agreed", "reserved"])
-def test_ranks_that_disagree_raise_the_same_error_and_go_on(cuda_workers, reserve):
+@pytest.mark.parametrize(
+    ("reserve", "chunks"),
+    [pytest.param(False, 1, id="agreed"), pytest.param(True, 1, id="reserved"), pytest.param(True, 3, id="in-chunks")],
+)
+def test_ranks_that_disagree_raise_the_same_error_once_and_go_on(cuda_workers, reserve, chunks):
     case = case_of([8])
-    (said, first), (said_too, second) = on_ranks(cuda_workers, 2, disagree, case, reserve)
+    (said, first), (said_too, second) = on_ranks(cuda_workers, 2, disagree, case, reserve, chunks)
     assert said is not None and said == said_too and "layer" in said
     from layer_cases import inputs, reference
 
@@ -238,8 +241,8 @@ def test_ranks_that_disagree_raise_the_same_error_and_go_on(cuda_workers, reserv
     assert (np.abs(torch.cat([first, second]).double().numpy() - expected) <= bound).all()
 
 
-def bad_router(group, case):
-    layer = Layer(group, case)
+def bad_router(group, case, chunks):
+    layer = Layer(group, case, chunks=chunks)
     bad = layer.given["index"].clone()
     bad[-1, -1] = 77  # the last token is the last rank's
     said = []
@@ -251,15 +254,66 @@ def bad_router(group, case):
     return said, layer.forward([4, 4])
 
 
-def test_a_bad_index_of_one_rank_is_raised_on_every_rank(cuda_workers):
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_bad_index_of_one_rank_is_raised_once_on_every_rank(cuda_workers, chunks):
     case = case_of([8])
-    (said, first), (said_too, second) = on_ranks(cuda_workers, 2, bad_router, case)
+    (said, first), (said_too, second) = on_ranks(cuda_workers, 2, bad_router, case, chunks)
     assert said_too[0] == "RangeError" and "77" in said_too[1]
     assert said[0] == "PeerError" and "rank 1" in said[1]
     from layer_cases import inputs, reference
 
     expected, bound = reference(case, inputs(case))
     assert (np.abs(torch.cat([first, second]).double().numpy() - expected) <= bound).all()
+
+
+def station(group, monkeypatch):
+    """Let a model of CPU tensors have its MoE layers on this rank's device: torch here may know no CUDA.
+
+    ``shard`` is told that the weights are there, and the layer's tensors are carried to the device and back.
+    """
+    from moeshard import api
+
+    site = api._site
+
+    def on_device(*arguments):
+        made = site(*arguments)
+        return dataclasses.replace(made, sizes=dataclasses.replace(made.sizes, device=f"cuda:{group.rank}"))
+
+    def forward(layer, hidden, index, weights):
+        make, engine = device_rows(), layer.group.engine(group.rank)
+        rows = [tensor.flatten(0, -2).contiguous() for tensor in (hidden, index, weights)]
+        with layer.group.call():
+            with engine.checking():
+                *there, out = (make(tensor.shape, tensor.dtype).copy_(tensor) for tensor in (*rows, rows[0]))
+            engine.forward(layer.packed, *there, out, layer=layer.layer)
+        return out.torch().view(hidden.shape)
+
+    monkeypatch.setattr(api, "_site", on_device)
+    monkeypatch.setattr(moeshard.ShardedExperts, "forward", forward)
+
+
+def sharded_model(group):
+    import simdev
+    from switch_models import batch, compare, run, switch_model
+
+    simdev.set_device(group.rank)
+    Layer(group, case_of([1]))  # the engine that the other tests use
+    inputs = batch(2 + group.rank, 5, seed=group.rank)
+    model, whole = switch_model("encoder", num_experts=3), switch_model("encoder", num_experts=3)
+    with pytest.MonkeyPatch.context() as patch:
+        station(group, patch)
+        model = moeshard.shard(model, group=group, progress=False)
+        difference, flips = compare(run(whole, inputs), run(model, inputs))
+        model = moeshard.unshard(model)
+    pairs = zip(model.state_dict().values(), whole.state_dict().values(), strict=True)
+    return difference, flips, all(torch.equal(bits(one), bits(other)) for one, other in pairs)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_sharded_encoder_equals_the_whole_one_and_comes_back_bit_for_bit(cuda_workers, ranks):
+    for difference, flips, same in on_ranks(cuda_workers, ranks, sharded_model):
+        assert difference < 1e-5 and not flips
+        assert same
 
 
 def survive(victim, case, reserve):
@@ -290,26 +344,17 @@ def test_a_killed_rank_raises_on_the_others_and_nothing_hangs(simdev, capfd, res
             ranks.run(survive, 2, case_of([12]), reserve)
 
 
-@dataclasses.dataclass
-class Refusal:
-    """What a rank without NCCL says."""
-
-    kind: str
-    text: str
-
-
 def without_nccl():
     os.environ["MOESHARD_NCCL"] = "/nowhere/libnccl.so.2"
     group = moeshard.init()
     try:
         group.engine(group.rank)
     except moeshard.CommError as error:
-        return Refusal(type(error).__name__, str(error))
-    return None
+        return type(error).__name__, str(error)
 
 
 def test_a_wrong_nccl_path_is_named_on_every_rank(simdev):
     with moeshard.launch(2, timeout=20, env={"PTXSIM_DEVICES": "2"}) as ranks:
-        first, second = ranks.run(without_nccl)
-    assert first.kind == "CommError" and "MOESHARD_NCCL=/nowhere/libnccl.so.2 cannot be loaded" in first.text
-    assert second.kind == "PeerError" and "/nowhere/libnccl.so.2" in second.text
+        (kind, text), (kind_too, text_too) = ranks.run(without_nccl)
+    assert kind == "CommError" and "MOESHARD_NCCL=/nowhere/libnccl.so.2 cannot be loaded" in text
+    assert kind_too == "PeerError" and "/nowhere/libnccl.so.2" in text_too
