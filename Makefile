@@ -148,7 +148,7 @@ lint: build build/analyzer.h ## ruff, mypy, clang-format, gcc's warnings and ana
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy --strict moeshard
-	.venv/bin/clang-format --dry-run -Werror $(HEADERS) $(CORE) $(KERNELS) $(BINDING) $(CUDA) $(wildcard tests/c/*.[ch])
+	.venv/bin/clang-format --dry-run -Werror $(HEADERS) $(CORE) $(KERNELS) $(BINDING) $(wildcard cuda/*/*.[ch] tests/c/*.[ch])
 	gcc -std=gnu11 -fsyntax-only -O2 $(WARNINGS) $(CORE) -Icsrc $(C_TESTS)
 	gcc -std=gnu11 -fsyntax-only -O2 $(WARNINGS) $(BINDING) -Icsrc $$($(PY) -c 'import numpy, sysconfig; \
 	  print("-isystem", sysconfig.get_path("include"), "-isystem", numpy.get_include())')
@@ -169,7 +169,7 @@ build/analyzer.h: Makefile
 format: build ## let ruff and clang-format rewrite the sources
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	.venv/bin/clang-format -i $(HEADERS) $(CORE) $(KERNELS) $(BINDING) $(CUDA) $(wildcard tests/c/*.[ch])
+	.venv/bin/clang-format -i $(HEADERS) $(CORE) $(KERNELS) $(BINDING) $(wildcard cuda/*/*.[ch] tests/c/*.[ch])
 
 # ---- packages -----------------------------------------------------------------------------------
 
