@@ -120,9 +120,9 @@ __device__ __forceinline__ void ms_ffn_multiply(uint32_t stage,
   const int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int32_t m0 = warp / tile::WARPS_N * tile::M16 * 16, n0 = warp % tile::WARPS_N * tile::N16 * 16;
   const uint32_t b_stage = stage + tile::BM * tile::BK;
-#pragma unroll
+#pragma unroll (sizeof(Storage) == 4 && ROWS == 128 ? 2 : tile::PIECES / 2) // tf32: rounding takes registers, else they spill
   for (int k = 0; k < tile::PIECES; k += 2) {
-    uint32_t a[tile::M16][4], b[tile::N16][4];
+    uint32_t a[tile::M16][4];
 #pragma unroll
     for (int m = 0; m < tile::M16; m++) {
       ms_ldmatrix4(a[m], stage + ms_ffn_at<tile::BK>(m0 + m * 16 + lane % 16, k + lane / 16));
@@ -130,16 +130,15 @@ __device__ __forceinline__ void ms_ffn_multiply(uint32_t stage,
     }
 #pragma unroll
     for (int n = 0; n < tile::N16; n++) {
-      ms_ldmatrix4(b[n], b_stage + ms_ffn_at<tile::BK>(n0 + n * 16 + lane % 8 + lane / 16 * 8, k + lane / 8 % 2));
-      ms_operands(b[n], (const Storage *)nullptr);
-    }
+      uint32_t b[4];
+      ms_ldmatrix4(b, b_stage + ms_ffn_at<tile::BK>(n0 + n * 16 + lane % 8 + lane / 16 * 8, k + lane / 8 % 2));
+      ms_operands(b, (const Storage *)nullptr);
 #pragma unroll
-    for (int m = 0; m < tile::M16; m++)
-#pragma unroll
-      for (int n = 0; n < tile::N16; n++) {
-        ms_mma(sum[m][2 * n], a[m], b[n][0], b[n][1], (const Storage *)nullptr);
-        ms_mma(sum[m][2 * n + 1], a[m], b[n][2], b[n][3], (const Storage *)nullptr);
+      for (int m = 0; m < tile::M16; m++) {
+        ms_mma(sum[m][2 * n], a[m], b[0], b[1], (const Storage *)nullptr);
+        ms_mma(sum[m][2 * n + 1], a[m], b[2], b[3], (const Storage *)nullptr);
       }
+    }
   }
 }
 
