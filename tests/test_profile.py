@@ -381,7 +381,7 @@ def test_a_trace_has_the_layers_of_each_rank_and_the_steps_in_them(workers, rank
         assert {event["tid"] for event in slices} == {0}
         moment = 0
         for router, layer, *steps in (slices[at : at + 7] for at in range(0, len(slices), 7)):
-            assert router["ts"] >= moment
+            assert router["ts"] >= moment and router["dur"] > 0
             moment = router["ts"]
             for inner in (router, *steps):
                 assert inner["ts"] == pytest.approx(moment, abs=1e-3)  # us: times are whole ns
@@ -394,11 +394,12 @@ def test_ranks_of_one_host_keep_their_clock_and_hosts_are_set_to_the_moment_they
     profile = by_hand(
         RankProfile("a", 5_000, None, (call(start=9_000),)),
         RankProfile("a", 4_000, None, (call(start=9_000),)),
+        RankProfile("a", 4_500, None, (call(start=9_000),)),
         RankProfile("b", 7_002_000, None, (call(start=7_009_000),)),
     )
     profile.trace(tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    assert [event["ts"] for event in events if event["name"] == "first"] == [5.0, 5.0, 7.0]
+    assert [event["ts"] for event in events if event["name"] == "first"] == [5.0, 5.0, 5.0, 7.0]
 
 
 def test_a_profile_prints_as_text_html_and_rich():
