@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .launcher import Ranks, launch, worker_state
     from .layer import ShardedExperts
     from .plans import Plan
+    from .profiles import Profile, profile
     from .reports import Report, report
 
 __version__ = _core.__version__
@@ -57,6 +58,7 @@ __all__ = [
     "PackedExperts",
     "PeerError",
     "Plan",
+    "Profile",
     "RangeError",
     "RankLost",
     "RankMismatch",
@@ -68,6 +70,7 @@ __all__ = [
     "init",
     "launch",
     "pack",
+    "profile",
     "register_adapter",
     "report",
     "shard",
@@ -86,6 +89,7 @@ _ROOMS = {
     "launcher": ("Ranks", "launch", "worker_state"),
     "layer": ("ShardedExperts",),
     "plans": ("Plan",),
+    "profiles": ("Profile", "profile"),
     "reports": ("Report", "report"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}

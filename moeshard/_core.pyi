@@ -155,6 +155,8 @@ class Batch:
     @property
     def shape(self) -> tuple[int, int, int]: ...  # (T, D, K)
     @property
+    def dtype(self) -> DType: ...  # of hidden_states
+    @property
     def nbytes(self) -> int: ...
 
 def header_check(headers: ArrayLike, /) -> None: ...  # [R, 8]
