@@ -156,5 +156,5 @@ wheel: build ## dist/moeshard-*.whl
 .PHONY: clean
 clean: ## remove all that make has made
 	rm -rf .venv build dist moeshard.egg-info .mypy_cache .ruff_cache .pytest_cache moeshard/_core*.so \
-	  moeshard-demo.png
+	  moeshard-demo.png moeshard-encoder.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

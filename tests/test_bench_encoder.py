@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
+import moeshard  # noqa: E402
 from moeshard import ArgumentError  # noqa: E402
-from moeshard.bench import encoder, rival_deepspeed  # noqa: E402
+from moeshard.bench import encoder, encoder_rank, rival_deepspeed  # noqa: E402
 from moeshard.bench.encoder_rank import Check  # noqa: E402
 
 SMALL = ["--layers", "4", "--d-model", "64", "--d-ff", "37", "--length", "25", "--seconds", "0"]
@@ -79,6 +80,24 @@ def test_times_and_shares_are_of_real_passes(report: dict) -> None:
         assert 0 < row["moe_share"] < 1
         mine = ours[row["ranks"], row["batch"], row["routing"]]["seconds"]
         assert row["over_moeshard"] == pytest.approx(row["seconds"] / mine)
+
+
+def test_forced_routers_read_the_expert_off_the_token_in_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moeshard, "worker_state", {})
+    config = encoder._config(options("--layers", "6"), 5, 1)
+    encoder_rank.prepare(encoder_rank.Job(config, 0, ("hf",)))
+    found = encoder_rank.check(encoder.Case("skew", 3, 31))
+    rank = moeshard.worker_state["encoder"]
+    experts = rank.batch % 5
+    assert (found.counts == np.bincount(experts.flatten(), minlength=5)).all()
+    given: list[torch.Tensor] = []
+    with encoder_rank._hooked(rank.entries["hf"], lambda layer, inputs: given.append(inputs[0])):
+        encoder_rank.measure(["hf"])
+    assert len(given) == 3
+    for hidden in given:  # the code itself, scaled
+        carried = torch.nn.functional.normalize(hidden[..., : rank.codes.shape[1]], dim=-1)
+        codes = torch.nn.functional.normalize(rank.codes, dim=-1)[experts]
+        assert float((carried - codes).abs().max()) <= 8 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize(("experts", "hot"), [pytest.param(8, 0.453, id="8"), pytest.param(128, 0.898, id="128")])
