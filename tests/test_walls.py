@@ -113,7 +113,16 @@ def test_every_source_file_names_its_licence() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["moeshard", "moeshard.cli", "moeshard.demo", "moeshard.plans", "moeshard.profiles", "moeshard.text"]
+    "module",
+    [
+        "moeshard",
+        "moeshard.bench.encoder",
+        "moeshard.cli",
+        "moeshard.demo",
+        "moeshard.plans",
+        "moeshard.profiles",
+        "moeshard.text",
+    ],
 )
 def test_importing_needs_no_torch(module: str) -> None:
     check = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'tokenizers') if m in sys.modules])"
