@@ -298,7 +298,7 @@ def test_an_unshard_that_fails_midway_leaves_whole_layers_and_can_be_called_agai
 
 
 def interrupted(group, call):
-    """Ctrl-C on the last rank, with the first layer packed (or back); tells what it did, and whether all still works."""
+    """Ctrl-C on the last rank, with the first layer packed (or back); what it did, and whether all works."""
     model, inputs = switch_model(), batch(2, 5)
     before, expected = snapshot(model), run(model, inputs)
     if call == "unshard":
@@ -388,9 +388,8 @@ def test_a_rank_keeps_its_share_of_the_experts_and_the_dense_part(workers):
 
 
 MIB = 2**20
-SLACK = (
-    32 + 8
-) * MIB  # freed but not returned yet (streaming.py), and a huge page at the end of each layer, and buffers
+# Freed but not returned yet (streaming.py); a huge page at the end of each layer, and buffers.
+SLACK = (32 + 8) * MIB
 
 
 def peak(function):
@@ -404,7 +403,7 @@ def peak(function):
 
 
 def peaks(group, kind):
-    """The most while sharding, above the start; the most while unsharding, above the end; bytes of a layer's experts."""
+    """The most while sharding, above the start; the most while unsharding, above the end; bytes of a layer."""
     moeshard.unshard(moeshard.shard(switch_model(), group=group, progress=False))  # imports and first-call memory
     if kind == "one tensor a layer":
         moeshard.register_adapter(GatedBlock, GatedAdapter())
