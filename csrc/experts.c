@@ -225,3 +225,11 @@ ms_status ms_experts_unpack(const ms_experts *x, int32_t e, void *w_in, void *w_
   if (b_out && s->b_out) memcpy(b_out, s->b_out, (size_t)spec->D * sizeof(float));
   return MS_OK;
 }
+
+ms_status ms_experts_release(ms_experts *x, int32_t e, ms_error *err) {
+  MS_TRY(check_expert(x, e, err));
+  const char *start = x->slices[e].w_in;
+  const char *end = e + 1 < x->spec.E ? x->slices[e + 1].w_in : x->data + x->bytes;
+  ms_pages_release((char *)start, end - start);
+  return MS_OK;
+}

@@ -213,6 +213,10 @@ ms_status ms_experts_pack(ms_experts *experts, int32_t e, int64_t first, int64_t
 ms_status ms_experts_unpack(const ms_experts *experts, int32_t e, void *w_in, void *w_out,
                             float *b_in, float *b_out, ms_error *err);
 
+// Give expert e's memory back to the system; pages that a neighbour shares stay. Pack it again before
+// it is used. Cost: one system call. Errors: MS_EINVAL e outside 0..E-1.
+ms_status ms_experts_release(ms_experts *experts, int32_t e, ms_error *err);
+
 // ---- the batch: one forward pass, filled step by step ---------------------------------------------
 // Grows to the largest shape seen and never shrinks: no allocation in the steady state.
 // Public to read; only the steps write. Not for two threads at once.

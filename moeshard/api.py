@@ -18,7 +18,7 @@ from .group import Group, init
 from .interrupts import interrupts_put_off
 from .layer import ShardedExperts, is_replicated
 from .plans import Plan, PlanChoice, plan_for
-from .streaming import Load, allocate, collect, empty, pack_and_free
+from .streaming import Load, allocate, empty, pack_and_free, unpack_and_free
 
 if TYPE_CHECKING:
     from ._core import DType
@@ -50,6 +50,7 @@ class Original:
     block: nn.Module
     adapter: Adapter
     experts: ShardedExperts
+    parameters: Sequence[nn.Parameter]
     shapes: list[torch.Size]
 
 
@@ -110,8 +111,8 @@ def shard(
             replicated = is_replicated(tokens)
             _check_capacity(capacity)
             sites = _sites(model, group, plan, dtype)
+        group.agree(_facts(sites, tokens, capacity))
         with interrupts_put_off():
-            group.agree(_facts(sites, tokens, capacity))
             model, loads = _replace(model, sites, group, capacity, replicated)
             sites.clear()  # they would keep the originals
             try:
@@ -125,8 +126,8 @@ def shard(
 def unshard(model: Model) -> Model:
     """Put the original MoE blocks back, with their weights. Collective.
 
-    Memory: layer by layer, each layer's packed weights freed before the next is filled: a rank needs one layer of
-    packed weights beside the whole model. Ctrl-C takes effect when all layers are back.
+    Memory: expert by expert, each one's packed weights freed before the next is filled, so that a rank needs one expert
+    (and about 40 MiB) beside the whole model. Ctrl-C takes effect when the model is whole.
 
     Args:
         model: what :func:`moeshard.shard` returned, on every rank of its group.
@@ -136,9 +137,8 @@ def unshard(model: Model) -> Model:
 
     Raises:
         ArgumentError: the model is not sharded.
-        CommError: a rank failed (PeerError; there its own error) or is lost. The layers that are not back yet stay
-            sharded, the same ones on all ranks; if the memory for the originals cannot be had, all of them. After
-            PeerError the model works and ``unshard`` can be called again; after a loss the group is closed.
+        CommError: a rank failed (PeerError; there its own error) or is lost. The model stays sharded, on all ranks:
+            after PeerError it works and ``unshard`` can be called again; after a loss the group is closed.
 
     Example:
         >>> model = moeshard.unshard(moeshard.shard(model))  # doctest: +SKIP
@@ -148,21 +148,24 @@ def unshard(model: Model) -> Model:
         raise _core.ArgumentError("model: it is not sharded")
     group = sharded[0][1].experts.group
     with torch.inference_mode(False), torch.no_grad(), interrupts_put_off():
+        back: list[Load] = []
         try:
             with group.all_or_none():
                 for _, original in sharded:
-                    allocate(original.adapter.parameters(original.block), original.shapes)
-            while sharded:
-                places, original = sharded[0]
-                collect(original.experts, original.adapter.weights(original.block))
-                group.barrier()
-                del sharded[0]
-                original.adapter.restore(original.block)
-                model = _put(model, places, original.block)
+                    allocate(original.parameters, original.shapes)
+                weights = [original.adapter.weights(original.block) for _, original in sharded]
+            for (_, original), destination in zip(sharded, weights, strict=True):
+                back.append(Load(original.experts.packed, [], original.parameters))
+                unpack_and_free(original.experts, destination, back[-1])
+            group.barrier()
         except BaseException:
+            pack_and_free(back, shown=False)  # no bit is lost: what came out goes in again
             for _, original in sharded:
-                empty(original.adapter.parameters(original.block))
+                empty(original.parameters)
             raise
+        for places, original in sharded:
+            original.adapter.restore(original.block)
+            model = _put(model, places, original.block)
     return model
 
 
@@ -296,7 +299,7 @@ def _replace(
                     setattr(replacement, hooks, getattr(site.block, hooks))
                 shapes = [parameter.shape for parameter in parameters]
                 replacement.moeshard_original = Original(  # type: ignore[assignment]
-                    site.block, site.adapter, experts, shapes
+                    site.block, site.adapter, experts, parameters, shapes
                 )
                 sharded = _put(sharded, site.places, replacement.eval())
     except BaseException:

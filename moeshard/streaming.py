@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights on their way from a model into packed memory and back, so that they are never in memory twice.
 
-Into packed memory expert by expert: beside what was there before, one expert is held twice, and up to 32 MiB are freed
-but not yet returned to the system. Where a model keeps a layer's experts in one tensor, none of it can be freed before
-the last expert is packed: then one layer is held twice. Back, layer by layer.
+Both ways expert by expert: beside what was there before, one expert is held twice, and up to 32 MiB are freed but not
+yet returned to the system. Where a model keeps a layer's experts in one tensor, none of it can be freed before the last
+expert is packed: on the way in, one layer is held twice then.
 """
 
 from __future__ import annotations
@@ -88,38 +88,46 @@ def allocate(parameters: Sequence[nn.Parameter], shapes: Sequence[torch.Size]) -
         parameter.data = torch.empty(shape, dtype=parameter.dtype)
 
 
-def collect(experts: ShardedExperts, weights: ExpertWeights) -> None:
-    """Fill a layer's weights with every rank's columns, expert by expert. Collective.
+def unpack_and_free(experts: ShardedExperts, weights: ExpertWeights, load: Load) -> None:
+    """Fill a layer's weights with every rank's columns, each expert's packed memory freed before the next. Collective.
 
     Args:
-        experts: the packed columns; they stay.
+        experts: the packed columns.
         weights: where the weights go.
+        load: gets the experts that are back, so that packing it undoes this.
 
     Raises:
         CommError: a rank failed (PeerError) or is lost.
     """
-    group, halves, d_ff = experts.group, 2 if experts.packed.gated else 1, experts.packed.d_ff
     for expert in range(experts.packed.num_experts):
-        columns = [slice(*span) for span in experts.plan.columns[:, expert].tolist()]
+        _collect(experts, weights, expert)
+        load.experts.append(weights.of(expert))
+        experts.packed.release(expert)
+
+
+def _collect(experts: ShardedExperts, weights: ExpertWeights, expert: int) -> None:
+    """Fill one expert's weights with every rank's columns. Collective."""
+    group, halves, d_ff = experts.group, 2 if experts.packed.gated else 1, experts.packed.d_ff
+    columns = [slice(*span) for span in experts.plan.columns[:, expert].tolist()]
+    with group.refusing():
+        w_in, w_out, b_in, b_out = _unpack(experts.packed, expert, columns[group.rank])
+        pieces = [  # this rank's rows, and where everyone's go: [halves, F, columns of a row]
+            (w_in, weights.w_in[expert].unflatten(0, (halves, d_ff))),
+            (w_out, weights.w_out[expert].T.unsqueeze(0)),
+        ]
+        if weights.b_in is not None:
+            pieces.append((b_in, weights.b_in[expert].unflatten(0, (halves, d_ff)).unsqueeze(-1)))
+    for own, target in pieces:
+        everyone = group.gather_rows(own)
         with group.refusing():
-            w_in, w_out, b_in, b_out = _unpack(experts.packed, expert, columns[group.rank])
-            pieces = [  # this rank's rows, and where everyone's go: [halves, F, columns of a row]
-                (w_in, weights.w_in[expert].unflatten(0, (halves, d_ff))),
-                (w_out, weights.w_out[expert].T.unsqueeze(0)),
-            ]
-            if weights.b_in is not None:
-                pieces.append((b_in, weights.b_in[expert].unflatten(0, (halves, d_ff)).unsqueeze(-1)))
-        for own, target in pieces:
-            everyone = group.gather_rows(own)
-            with group.refusing():
-                for span, rows in zip(columns, everyone, strict=True):
-                    shape = (target.shape[0], span.stop - span.start, target.shape[2])
-                    target[:, span] = torch.from_numpy(rows).view(own.dtype).view(shape)
-        if weights.b_out is not None:
-            everyone = group.gather_rows(b_out)
-            with group.refusing():
-                first = next(rank for rank, span in enumerate(columns) if span.start == 0 < span.stop)
-                weights.b_out[expert].copy_(torch.from_numpy(everyone[first])[0])
+            for span, rows in zip(columns, everyone, strict=True):
+                shape = (target.shape[0], span.stop - span.start, target.shape[2])
+                target[:, span] = torch.from_numpy(rows).view(own.dtype).view(shape)
+    if weights.b_out is not None:
+        everyone = group.gather_rows(b_out)
+        with group.refusing():
+            first = next(rank for rank, span in enumerate(columns) if span.start == 0 < span.stop)
+            weights.b_out[expert].copy_(torch.from_numpy(everyone[first])[0])
 
 
 def _unpack(packed: _core.PackedExperts, expert: int, own: slice) -> list[torch.Tensor]:

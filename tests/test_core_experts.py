@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """_core.PackedExperts: what goes in, comes back, and is refused. Needs no torch."""
 
+import os
 import sys
 
 import numpy as np
@@ -44,6 +45,29 @@ def test_what_was_packed_comes_back_bit_for_bit(dtype, gated, columns):
             assert (words_of(found) == words(np.ascontiguousarray(right), dtype)).all()
     assert (bias[0] == b_in[:, start:stop].ravel()).all()
     assert (bias[1] == (b_out if width and start == 0 else 0)).all()
+
+
+def test_a_released_expert_gives_its_memory_back_and_can_be_packed_again():
+    packed = experts([[0, 1024]] * 3, 512, 1024)
+    for expert in range(3):
+        packed.pack(expert, normal(1024, 512, seed=expert), normal(512, 1024, seed=expert))
+    before = resident()
+    packed.release(1)
+    assert before - resident() >= 0.99 * packed.nbytes / 3
+    found = np.empty((1024, 512), np.float32)
+    for expert in (0, 2):
+        packed.unpack(expert, found)
+        assert (found == normal(1024, 512, seed=expert)).all()
+    packed.pack(1, normal(1024, 512, seed=1), normal(512, 1024, seed=1))
+    packed.unpack(1, found)
+    assert (found == normal(1024, 512, seed=1)).all()
+    with pytest.raises(ArgumentError, match="expert: got 3, expected 0 to 2"):
+        packed.release(3)
+
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_a_slice_packs_as_the_whole():

@@ -276,6 +276,29 @@ done:
   return result;
 }
 
+// ---- release ------------------------------------------------------------------------------------
+
+PyDoc_STRVAR(
+    release_doc,
+    "release($self, expert, /)\n--\n\n"
+    "Give the memory of one expert back to the system. Pack it again before it is used.\n\n"
+    "Args:\n"
+    "    expert: 0 to E-1.\n\n"
+    "Raises:\n"
+    "    ArgumentError: no such expert.\n");
+
+static PyObject *experts_release(PyObject *self, PyObject *argument) {
+  core_state *state = core_state_of(self);
+  long long expert = PyLong_AsLongLong(argument);
+  if (expert == -1 && PyErr_Occurred()) return NULL;
+  if (expert < 0 || expert >= spec_of(self)->E)
+    return core_fail(state, MS_EINVAL, "expert: got %lld, expected 0 to %d", expert,
+                     spec_of(self)->E - 1);
+  ms_error err;
+  ms_status status = ms_experts_release(((experts_object *)self)->experts, (int32_t)expert, &err);
+  return core_none(state, status, &err);
+}
+
 // ---- properties ---------------------------------------------------------------------------------
 
 static PyObject *get_nbytes(PyObject *self, void *unused) {
@@ -334,6 +357,7 @@ static PyMethodDef methods[] = {
     {"pack", (PyCFunction)(void (*)(void))experts_pack, METH_VARARGS | METH_KEYWORDS, pack_doc},
     {"unpack", (PyCFunction)(void (*)(void))experts_unpack, METH_VARARGS | METH_KEYWORDS,
      unpack_doc},
+    {"release", experts_release, METH_O, release_doc},
     {0}};
 
 static PyGetSetDef getset[] = {
