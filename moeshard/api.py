@@ -111,7 +111,8 @@ def shard(
             replicated = is_replicated(tokens)
             _check_capacity(capacity)
             sites = _sites(model, group, plan, dtype)
-        group.agree(_facts(sites, tokens, capacity))
+            facts = _facts(sites, tokens, capacity)
+        group.agree(facts)
         with interrupts_put_off():
             model, loads = _replace(model, sites, group, capacity, replicated)
             sites.clear()  # they would keep the originals
