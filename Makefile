@@ -3,6 +3,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 DEMO ?=
+BENCH ?=
 PYTEST ?=
 
 SHELL := bash
@@ -64,9 +65,12 @@ demo: build ## a Switch encoder over 2 ranks on real English; DEMO="--experts 64
 notebooks: build ## run the notebooks
 	$(PY) -m pytest --nbmake --nbmake-timeout=300 notebooks
 
-.PHONY: bench
-bench: build ## run the benchmarks
-	for file in benchmarks/bench_*.py; do echo "== $$file"; $(PY) "$$file"; done
+.PHONY: bench bench-quick
+bench: build .venv/.compare ## moeshard and its rivals side by side, all cases: 40 minutes; results in benchmarks/results
+	$(PY) -m moeshard bench $(BENCH)
+bench-quick: build .venv/.compare ## the same with a case for every bar: 3 minutes; results in build/bench
+	mkdir -p build/bench
+	$(PY) -m moeshard bench --quick --output build/bench $(BENCH)
 
 # ---- tests: quick ones first, pytest's own summary last ------------------------------------------
 

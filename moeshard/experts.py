@@ -28,6 +28,9 @@ class Stack(Protocol):
         """The tensor of one expert."""
 
 
+Tensors = tuple[Any, Any, Any, Any]  # w_in, w_out, b_in, b_out of one expert; a bias that does not exist is None
+
+
 @dataclass(frozen=True)
 class ExpertWeights:
     """Where the weights of a layer's experts are. Nothing is copied.
@@ -92,8 +95,8 @@ class ExpertWeights:
                     raise _core.DTypeError(f"{name}[{expert}]: expected {dtype} as in w_in[0], got {kind}")
         return sizes
 
-    def pack(self, columns: NDArray[np.int64], sizes: Sizes, dtype: DType) -> _core.PackedExperts:
-        """Pack one rank's columns.
+    def reserve(self, columns: NDArray[np.int64], sizes: Sizes, dtype: DType) -> _core.PackedExperts:
+        """Room for one rank's columns, nothing packed yet. A page gets memory when its first weight is packed.
 
         Args:
             columns: ``[E, 2]``, this rank's row of the plan.
@@ -101,9 +104,9 @@ class ExpertWeights:
             dtype: storage of the packed weights.
 
         Returns:
-            The packed experts; memory for this rank's columns only.
+            Experts that must not be called before each has been packed.
         """
-        packed = _core.PackedExperts(
+        return _core.PackedExperts(
             columns=columns,
             d_model=sizes.d_model,
             d_ff=sizes.d_ff,
@@ -113,12 +116,28 @@ class ExpertWeights:
             b_in=self.b_in is not None,
             b_out=self.b_out is not None,
         )
+
+    def of(self, expert: int) -> Tensors:
+        """One expert's tensors, without autograd: what ``PackedExperts.pack`` takes."""
+        w_in, w_out, b_in, b_out = (
+            None if stack is None else _plain(stack[expert]) for stack in (self.w_in, self.w_out, self.b_in, self.b_out)
+        )
+        return w_in, w_out, b_in, b_out
+
+    def pack(self, columns: NDArray[np.int64], sizes: Sizes, dtype: DType) -> _core.PackedExperts:
+        """Pack one rank's columns. The originals stay: this takes the memory of the columns, and nothing else.
+
+        Args:
+            columns: ``[E, 2]``, this rank's row of the plan.
+            sizes: what :meth:`sizes` returned.
+            dtype: storage of the packed weights.
+
+        Returns:
+            The packed experts.
+        """
+        packed = self.reserve(columns, sizes, dtype)
         for expert in range(sizes.num_experts):
-            tensors = (
-                None if stack is None else _plain(stack[expert])
-                for stack in (self.w_in, self.w_out, self.b_in, self.b_out)
-            )
-            packed.pack(expert, *cast("tuple[Any, Any, Any, Any]", tuple(tensors)))
+            packed.pack(expert, *self.of(expert))
         return packed
 
 

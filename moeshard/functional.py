@@ -120,7 +120,7 @@ def pack(
         dtype: storage, ``"float32"``, ``"bfloat16"`` or ``"float16"`` (or torch's and NumPy's). ``None``: as ``w_in``.
 
     Returns:
-        The packed experts. The originals are not needed any more.
+        The packed experts: a copy of the weights in ``dtype``, beside the originals, which are not needed any more.
 
     Raises:
         ShapeError: a shape that does not fit the others.

@@ -86,7 +86,8 @@ class ShardedExperts(nn.Module):
             tokens: ``"local"``: each rank calls the layer with its own tokens; ``"replicated"``: all with the same.
 
         Returns:
-            The layer. The originals are not needed any more.
+            The layer. It takes the memory of this rank's columns, beside the originals, which are not needed any more
+            (:func:`moeshard.shard` frees a model's own one by one, so that there is no second copy).
 
         Raises:
             ShapeError, DTypeError, ArgumentError: a bad argument, on this rank; the others raise PeerError.

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 C_FILES = sorted(path for folder in ("csrc", "cuda", "tests") for path in ROOT.glob(f"{folder}/**/*.[ch]*"))
 C_FILES += sorted(ROOT.glob("cuda/**/*.cu*"))
-PYTHON_FILES = sorted(path for folder in ("moeshard", "tests", "benchmarks") for path in ROOT.glob(f"{folder}/**/*.py"))
+PYTHON_FILES = sorted(path for folder in ("moeshard", "tests") for path in ROOT.glob(f"{folder}/**/*.py"))
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"", re.DOTALL)
 
 
@@ -116,6 +116,7 @@ def test_every_source_file_names_its_licence() -> None:
     "module",
     [
         "moeshard",
+        "moeshard.bench",
         "moeshard.bench.encoder",
         "moeshard.cli",
         "moeshard.demo",
