@@ -78,21 +78,50 @@ def test_float32_error_at_the_real_size():
     assert relative_error(out, experts_reference(*arguments(case))) <= 2e-6
 
 
+def torch_experts(hidden, index, weights, w_in, w_out, activation, gated):
+    """The layer in torch, every operation in the tensors' own dtype."""
+    act = {"relu": torch.relu, "silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu}[activation]
+    out = torch.zeros_like(hidden)
+    for choice in range(index.shape[1]):
+        for t, e in enumerate(index[:, choice]):
+            h = hidden[t] @ w_in[e].T
+            h = act(h[: len(h) // 2]) * h[len(h) // 2 :] if gated else act(h)
+            out[t] += h @ w_out[e].T * weights[t, choice]
+    return out
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_16_bit_error_is_at_most_one_and_a_half_times_torchs(dtype):
-    case = layer_case(96, 128, 256, 3, 1)
+@pytest.mark.parametrize(
+    ("sizes", "kind"),
+    [
+        pytest.param((96, 128, 256, 3, 1), {"activation": "relu", "gated": False}, id="relu"),
+        pytest.param((50, 37, 70, 3, 2), {"activation": "gelu", "gated": False}, id="odd-d_model"),
+        pytest.param((50, 64, 51, 3, 1), {"activation": "silu", "gated": True}, id="odd-d_ff"),
+        pytest.param((24, 640, 640, 8, 4), {"activation": "silu", "gated": True}, id="640-gated-top-4"),
+        pytest.param((16, 768, 3072, 2, 1), {"activation": "relu", "gated": False}, id="768x3072"),
+    ],
+)
+def test_16_bit_error_is_at_most_one_and_a_half_times_torchs(sizes, kind, dtype):
+    case = layer_case(*sizes, gated=kind["gated"])
     hidden, index, weights, w_in, w_out = (
         tensor if tensor.dtype == torch.int64 else tensor.to(dtype) for tensor in arguments(case, torch.from_numpy)
     )
     expected = experts_reference(
-        *(x.double() if x.is_floating_point() else x for x in (hidden, index, weights, w_in, w_out))
+        *(x.double() if x.is_floating_point() else x for x in (hidden, index, weights, w_in, w_out)), **kind
     )
-    naive = torch.stack(
-        [torch.relu(x @ w_in[e].T) @ w_out[e].T * w for x, (e,), (w,) in zip(hidden, index, weights, strict=True)]
-    )
-    out = moeshard.fused_experts(hidden, index, weights, w_in, w_out)
+    naive = torch_experts(hidden, index, weights, w_in, w_out, **kind)
+    out = moeshard.fused_experts(hidden, index, weights, w_in, w_out, **kind)
     assert out.dtype == dtype
     assert relative_error(out.double(), expected) <= 1.5 * relative_error(naive.double(), expected)
+
+
+def test_a_bfloat16_tokens_bits_do_not_depend_on_its_neighbours():
+    case = layer_case(40, 37, 51, 3, 2)
+    hidden, index, weights, w_in, w_out = arguments(case, torch.from_numpy)
+    packed = moeshard.pack(w_in.bfloat16(), w_out.bfloat16())
+    together = packed(hidden.bfloat16(), index, weights)
+    for t in range(40):
+        assert (packed(hidden[t : t + 1].bfloat16(), index[t : t + 1], weights[t : t + 1]) == together[t]).all()
 
 
 def test_packed_experts_can_be_called_again_with_other_shapes():

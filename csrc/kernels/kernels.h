@@ -14,20 +14,20 @@
 //                of pairs to two registers of fp32 (and the AVX-512 dot product takes it as it is).
 #define MS_TILE_PANELS 4
 
-// acc[row][0 .. 16*panels) (+)= sum over k0 <= k < k1 of a[row][k] * panel column: one chain of FMAs from zero in
-// increasing k, then one addition to acc. The bits depend on where k is cut in blocks, not on rows or panels.
+// acc[row][0 .. 16*panels) (+)= sum over k0 <= k < k1 of a[row][k] * panel column: one chain of FMAs (or of dot products
+// of pairs) from zero in increasing k, then one addition to acc. The bits depend on where k is cut in blocks, not on rows or panels.
 typedef struct ms_tile {
-  const float *const *a; // [rows] rows of the left matrix, fp32
-  int64_t rows;          // any; the kernel cuts them in near-equal tiles
-  const void *b;         // first panel at row k0 of the block
-  int64_t b_stride;      // bytes from one panel to the next
-  int32_t panels;        // 1 .. MS_TILE_PANELS
-  int64_t k0, k1;        // k0 is even
-  float *acc;            // [rows][64] aligned to 64 bytes; row stride is always 64 floats
-  bool first;            // acc = the sum, else acc += the sum
-  const char *ahead;     // what will be read next: fetched meanwhile (NULL: nothing)
-  int64_t ahead_stride;  // bytes between its panels
-  int64_t ahead_bytes;   // bytes of each panel to fetch
+  const void *const *a; // [rows] rows of the left matrix: fp32, for tile_dot bf16
+  int64_t rows;         // any; the kernel cuts them in near-equal tiles
+  const void *b;        // first panel at row k0 of the block
+  int64_t b_stride;     // bytes from one panel to the next
+  int32_t panels;       // 1 .. MS_TILE_PANELS
+  int64_t k0, k1;       // k0 is even
+  float *acc;           // [rows][64] aligned to 64 bytes; row stride is always 64 floats
+  bool first;           // acc = the sum, else acc += the sum
+  const char *ahead;    // what will be read next: fetched meanwhile (NULL: nothing)
+  int64_t ahead_stride; // bytes between its panels
+  int64_t ahead_bytes;  // bytes of each panel to fetch
   int32_t ahead_panels;
 } ms_tile;
 
@@ -36,12 +36,15 @@ typedef struct ms_kernels {
   void (*tile_f32)(const ms_tile *tile);
   void (*tile_bf16)(const ms_tile *tile);
   void (*tile_f16)(const ms_tile *tile);
+  void (*tile_dot)(const ms_tile *tile); // bf16 panels, bf16 rows; NULL without a bf16 dot product
   // The two epilogues; acc is [rows][64] as tile leaves it, bias [16*panels] (or [columns]) or NULL.
   //   activate   out[i * out_stride + n] = act(acc[i][n] + bias[n]), n < 16*panels; gated: panels alternate gate, up and
-  //              out[...] = act(gate) * up, half as wide
+  //              out[...] = act(gate) * up, half as wide. out is fp32; activate_bf16 rounds it for tile_dot (NULL like it)
   //   scatter    out[i][n] = scale[i] * (acc[i][n] + bias[n]), n < columns
   void (*activate)(ms_activation activation, bool gated, const float *acc, const float *bias,
-                   int64_t rows, int32_t panels, float *out, int64_t out_stride);
+                   int64_t rows, int32_t panels, void *out, int64_t out_stride);
+  void (*activate_bf16)(ms_activation activation, bool gated, const float *acc, const float *bias,
+                        int64_t rows, int32_t panels, void *out, int64_t out_stride);
   void (*scatter)(const float *acc, const float *bias, const float *scale, int64_t rows,
                   int64_t columns, float *const *out);
   // Rows of any length n.
