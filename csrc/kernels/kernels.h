@@ -1,5 +1,5 @@
 // kernels.h - the table of inner loops that one instruction set fills in.
-// kernels.c is compiled once per instruction set (-DMS_ISA=generic|avx2|avx512); each build defines one
+// kernels.c is compiled once per instruction set (-DMS_ISA=generic|avx2|avx512|avx512bf16); each build defines one
 // `const ms_kernels ms_kernels_<isa>`. Nothing here knows of experts, ranks or threads.
 // SPDX-License-Identifier: Apache-2.0
 #ifndef MS_KERNELS_H
@@ -10,13 +10,14 @@
 // Columns are packed in panels of MS_PANEL = 16; a kernel works on up to MS_TILE_PANELS of them at once.
 // Panel p of a matrix [columns, K] holds columns 16p .. 16p+15 (zero beyond the last):
 //   fp32, fp16   [K][16]
-//   int8         [K][16], multiplied as integers; each column has a scale, applied to its sums by the epilogues
+//   int8         [K][16]: integers; their column's scale multiplies the sums, in the epilogues
 //   bf16         [ceil(K/2)][16][2]: rows 2i and 2i+1 interleaved, so that a shift and a mask widen a register
 //                of pairs to two registers of fp32 (and the AVX-512 dot product takes it as it is).
 #define MS_TILE_PANELS 4
 
 // acc[row][0 .. 16*panels) (+)= sum over k0 <= k < k1 of a[row][k] * panel column: one chain of FMAs (or of dot products
-// of pairs) from zero in increasing k, then one addition to acc. The bits depend on where k is cut in blocks, not on rows or panels.
+// of pairs) from zero in increasing k, then one addition to acc. The bits depend on where k is cut in blocks, not on rows
+// or panels.
 typedef struct ms_tile {
   const void *const *a; // [rows] rows of the left matrix: fp32, for tile_dot bf16
   int64_t rows;         // any; the kernel cuts them in near-equal tiles
