@@ -113,19 +113,21 @@ static weights multiply(const wave *w, int64_t i, const void *const *left, float
   return m;
 }
 
+static const float *from(const float *x, int64_t column) { return x ? x + column : NULL; }
+
 static void run_first(void *context, int64_t i, int32_t thread) {
   const wave *w = context;
   const task *t = &w->tasks[i];
   const segment *s = &w->segments[t->segment];
   const ms_experts_spec *spec = &w->experts->spec;
-  const float *b_in = w->experts->slices[s->expert].b_in;
+  const ms_slice *slice = &w->experts->slices[s->expert];
   float *acc = w->scratch + (int64_t)thread * TASK_ROWS * ACC_STRIDE;
   int64_t row = s->base + t->row;
   weights m = multiply(w, i, w->input + row, acc);
-  int64_t column = (int64_t)t->panel * MS_PANEL / (spec->gated ? 2 : 1);
+  int64_t column = (int64_t)t->panel * MS_PANEL, to = spec->gated ? column / 2 : column;
   (w->dot ? w->kernels->activate_bf16 : w->kernels->activate)(
-      spec->activation, spec->gated, acc, b_in ? b_in + (int64_t)t->panel * MS_PANEL : NULL,
-      t->rows, m.panels, w->h + (row * w->h_stride + column) * w->h_size, w->h_stride);
+      spec->activation, spec->gated, acc, from(slice->scale_in, column), from(slice->b_in, column),
+      t->rows, m.panels, w->h + (row * w->h_stride + to) * w->h_size, w->h_stride);
 }
 
 static void run_second(void *context, int64_t unit, int32_t thread) {
@@ -133,7 +135,7 @@ static void run_second(void *context, int64_t unit, int32_t thread) {
   int64_t i = w->first_tasks + unit;
   const task *t = &w->tasks[i];
   const segment *s = &w->segments[t->segment];
-  const float *b_out = w->experts->slices[s->expert].b_out;
+  const ms_slice *slice = &w->experts->slices[s->expert];
   float *acc = w->scratch + (int64_t)thread * TASK_ROWS * ACC_STRIDE;
   int64_t row = s->base + t->row, column = (int64_t)t->panel * MS_PANEL;
   weights m = multiply(w, i, w->middle + row, acc);
@@ -141,7 +143,8 @@ static void run_second(void *context, int64_t unit, int32_t thread) {
       w->batch->D - column < m.panels * MS_PANEL ? w->batch->D - column : m.panels * MS_PANEL;
   float *to[TASK_ROWS];
   for (int32_t r = 0; r < t->rows; r++) to[r] = w->output[row + r] + column;
-  w->kernels->scatter(acc, b_out ? b_out + column : NULL, w->weight + row, t->rows, columns, to);
+  w->kernels->scatter(acc, from(slice->scale_out, column), from(slice->b_out, column),
+                      w->weight + row, t->rows, columns, to);
 }
 
 // 16-bit tokens are widened once a wave: every column of the first matrix reads them.
@@ -278,10 +281,7 @@ ms_status ms_ffn(ms_batch *batch, const ms_experts *experts, ms_threads *threads
   wave w = {.batch = batch,
             .experts = experts,
             .kernels = kernels,
-            .tile = dot                        ? kernels->tile_dot
-                    : spec->storage == MS_F32  ? kernels->tile_f32
-                    : spec->storage == MS_BF16 ? kernels->tile_bf16
-                                               : kernels->tile_f16,
+            .tile = dot ? kernels->tile_dot : kernels->tile[spec->storage],
             .dot = dot,
             .k_bytes = MS_PANEL * ms_dtype_size(spec->storage),
             .threads = ms_threads_count(threads)};

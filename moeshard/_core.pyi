@@ -13,6 +13,7 @@ class SupportsDLPack(Protocol):
     def __dlpack_device__(self) -> tuple[Any, Any]: ...
 
 DType = Literal["float32", "bfloat16", "float16"]
+Storage = Literal["float32", "bfloat16", "float16", "int8"]  # of packed weights
 Activation = Literal["identity", "relu", "gelu", "gelu_tanh", "silu"]
 
 __version__: Final[str]
@@ -73,7 +74,7 @@ class PackedExperts:
         columns: ArrayLike,  # [E, 2], this rank's
         d_model: int,
         d_ff: int,
-        dtype: DType,
+        dtype: Storage,
         activation: Activation,
         gated: bool,
         b_in: bool,
@@ -109,7 +110,7 @@ class PackedExperts:
     @property
     def d_ff(self) -> int: ...
     @property
-    def dtype(self) -> DType: ...
+    def dtype(self) -> Storage: ...
     @property
     def activation(self) -> Activation: ...
     @property

@@ -13,7 +13,7 @@ from torch import nn
 
 from . import _core
 from .adapters import Adapter, Capacity, find_adapter, looks_like_moe
-from .experts import ExpertWeights, Sizes, dtype_name
+from .experts import ExpertWeights, Sizes, storage_name
 from .group import Group, init
 from .interrupts import interrupts_put_off
 from .layer import ShardedExperts, is_replicated
@@ -21,7 +21,7 @@ from .plans import Plan, PlanChoice, plan_for
 from .streaming import Load, allocate, empty, pack_and_free, unpack_and_free
 
 if TYPE_CHECKING:
-    from ._core import DType
+    from ._core import Storage
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -40,7 +40,7 @@ class Site:
     weights: ExpertWeights
     sizes: Sizes
     plan: Plan
-    dtype: DType
+    dtype: Storage
 
 
 @dataclass
@@ -84,7 +84,8 @@ def shard(
         group: the ranks. ``None``: :func:`moeshard.init`.
         plan: the layout of each MoE layer. ``"auto"``, ``"shard"``: every expert over every rank;
             ``"expert_parallel"``: each expert whole on one rank; or a :class:`moeshard.Plan`.
-        dtype: storage of the experts: ``"float32"``, ``"bfloat16"``, ``"float16"`` or torch's. ``None``: as it is.
+        dtype: storage of the experts: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"int8"`` (weights within half a
+            scale, see ``docs/numerics.md``) or torch's. ``None``: as it is.
         tokens: ``"local"``: each rank has its own batch; ``"replicated"``: all ranks hold the same.
         capacity: ``"model"``: tokens are dropped as the installed transformers version does; ``None``: never;
             an int: the model's rule with this capacity.
@@ -217,7 +218,7 @@ def _site(
     except _core.MoeshardError as error:
         raise type(error)(f"{where}: {error}") from error
     return Site(
-        name, places, block, adapter, weights, sizes, table, sizes.dtype if dtype is None else dtype_name(dtype)
+        name, places, block, adapter, weights, sizes, table, sizes.dtype if dtype is None else storage_name(dtype)
     )
 
 

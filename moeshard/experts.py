@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from . import _core
 
 if TYPE_CHECKING:
-    from ._core import Activation, DType
+    from ._core import Activation, DType, Storage
 
 DTYPES = ("float32", "bfloat16", "float16")
+STORAGES = (*DTYPES, "int8")
 ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu")
 
 
@@ -95,7 +96,7 @@ class ExpertWeights:
                     raise _core.DTypeError(f"{name}[{expert}]: expected {dtype} as in w_in[0], got {kind}")
         return sizes
 
-    def reserve(self, columns: NDArray[np.int64], sizes: Sizes, dtype: DType) -> _core.PackedExperts:
+    def reserve(self, columns: NDArray[np.int64], sizes: Sizes, dtype: Storage) -> _core.PackedExperts:
         """Room for one rank's columns, nothing packed yet. A page gets memory when its first weight is packed.
 
         Args:
@@ -124,7 +125,7 @@ class ExpertWeights:
         )
         return w_in, w_out, b_in, b_out
 
-    def pack(self, columns: NDArray[np.int64], sizes: Sizes, dtype: DType) -> _core.PackedExperts:
+    def pack(self, columns: NDArray[np.int64], sizes: Sizes, dtype: Storage) -> _core.PackedExperts:
         """Pack one rank's columns. The originals stay: this takes the memory of the columns, and nothing else.
 
         Args:
@@ -151,12 +152,12 @@ class Sizes:
     dtype: DType
 
 
-def dtype_name(dtype: object) -> DType:
-    """The name of a dtype given as ``"bfloat16"``, ``torch.bfloat16`` or ``numpy.float32``."""
+def storage_name(dtype: object) -> Storage:
+    """The name of a storage given as ``"bfloat16"``, ``torch.bfloat16`` or ``numpy.int8``."""
     name = str(getattr(dtype, "__name__", dtype)).removeprefix("torch.")
-    if name not in DTYPES:
-        raise _core.DTypeError(f"dtype: expected {', '.join(DTYPES)}, got {dtype!r}")
-    return cast("DType", name)
+    if name not in STORAGES:
+        raise _core.DTypeError(f"dtype: expected {', '.join(STORAGES)}, got {dtype!r}")
+    return cast("Storage", name)
 
 
 def _plain(tensor: Any) -> Any:

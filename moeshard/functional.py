@@ -6,17 +6,17 @@ from __future__ import annotations
 import math
 import sys
 import threading
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
 from . import _core
-from .experts import ExpertWeights, Stack, describe, dtype_name
+from .experts import ExpertWeights, Stack, describe, storage_name
 from .plans import Plan
 from .threads import use_threads
 
 if TYPE_CHECKING:
-    from ._core import Activation, DType, SupportsDLPack
+    from ._core import Activation, DType, Storage, SupportsDLPack
 
 Tensor = TypeVar("Tensor", bound="SupportsDLPack")
 
@@ -41,7 +41,7 @@ class PackedExperts:
         self.num_experts = packed.num_experts
         self.d_model = packed.d_model
         self.d_ff = packed.d_ff
-        self.dtype: DType = packed.dtype
+        self.dtype: Storage = packed.dtype
         self.nbytes = packed.nbytes
 
     def __call__(
@@ -74,7 +74,7 @@ class PackedExperts:
             raise _core.ShapeError(f"hidden: expected [..., {self.d_model}] as the experts, got {_shape(hidden)}")
         index, weights = _rows("top_k_index", top_k_index), _rows("top_k_weights", top_k_weights)
         if out is None:
-            memory: Any = _core.Tensor(shape, dtype_name(dtype))
+            memory: Any = _core.Tensor(shape, cast("DType", dtype))
         else:
             memory = without_grad("out", out)
             if _shape(out) != _shape(hidden) or not describe("out", memory)[2]:
@@ -117,7 +117,8 @@ def pack(
         gated: ``y = act(x W_gate^T) * (x W_up^T)``.
         b_in: ``[E, F]`` (gated: ``[E, 2F]``) or ``None``.
         b_out: ``[E, D]`` or ``None``.
-        dtype: storage, ``"float32"``, ``"bfloat16"`` or ``"float16"`` (or torch's and NumPy's). ``None``: as ``w_in``.
+        dtype: storage, ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"int8"`` (or torch's and NumPy's). int8 keeps
+            each row of ``w_in`` and ``w_out`` as integers times its largest magnitude / 127. ``None``: as ``w_in``.
 
     Returns:
         The packed experts: a copy of the weights in ``dtype``, beside the originals, which are not needed any more.
@@ -135,7 +136,7 @@ def pack(
     weights = ExpertWeights(w_in, w_out, b_in, b_out, activation, gated)
     sizes = weights.sizes()
     columns = Plan.shard(1, sizes.num_experts, sizes.d_ff).columns[0]
-    return PackedExperts(weights.pack(columns, sizes, sizes.dtype if dtype is None else dtype_name(dtype)))
+    return PackedExperts(weights.pack(columns, sizes, sizes.dtype if dtype is None else storage_name(dtype)))
 
 
 def fused_experts(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from . import _core
-from .experts import ExpertWeights, Stack, dtype_name
+from .experts import ExpertWeights, Stack, storage_name
 from .functional import without_grad
 from .group import Group, init
 from .plans import Plan, PlanChoice, plan_for
@@ -80,7 +80,7 @@ class ShardedExperts(nn.Module):
             b_out: ``[E, D]`` or ``None``.
             activation: ``"identity"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``.
             gated: ``y = act(x W_gate^T) * (x W_up^T)``.
-            dtype: storage of the packed weights. ``None``: as ``w_in``.
+            dtype: storage of the packed weights, as in :func:`moeshard.shard`. ``None``: as ``w_in``.
             plan: the layout; ``"auto"`` is ``"shard"``.
             group: the ranks. ``None``: :func:`moeshard.init`.
             tokens: ``"local"``: each rank calls the layer with its own tokens; ``"replicated"``: all with the same.
@@ -105,7 +105,7 @@ class ShardedExperts(nn.Module):
             weights = ExpertWeights(w_in, w_out, b_in, b_out, activation, gated)
             sizes = weights.sizes()
             table = plan_for(plan, group.size, sizes.num_experts, sizes.d_ff)
-            storage = sizes.dtype if dtype is None else dtype_name(dtype)
+            storage = sizes.dtype if dtype is None else storage_name(dtype)
         group.agree(
             {
                 "the layer": f"{sizes} {activation} gated={gated} b_in={b_in is not None} b_out={b_out is not None}",

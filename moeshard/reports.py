@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .layer import ShardedExperts
 
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
 @dataclass(frozen=True, eq=False)

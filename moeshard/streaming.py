@@ -132,7 +132,7 @@ def _collect(experts: ShardedExperts, weights: ExpertWeights, expert: int) -> No
 
 def _unpack(packed: _core.PackedExperts, expert: int, own: slice) -> list[torch.Tensor]:
     """This rank's columns ``own`` of one expert as rows to gather: w_in, w_out transposed, b_in, b_out."""
-    dtype: torch.dtype = getattr(torch, packed.dtype)
+    dtype: torch.dtype = torch.float32 if packed.dtype == "int8" else getattr(torch, packed.dtype)
     width = own.stop - own.start
     rows = 2 * width if packed.gated else width
     w_in, w_out = torch.empty(rows, packed.d_model, dtype=dtype), torch.empty(packed.d_model, width, dtype=dtype)

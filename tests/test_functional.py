@@ -115,6 +115,44 @@ def test_16_bit_error_is_at_most_one_and_a_half_times_torchs(sizes, kind, dtype)
     assert relative_error(out.double(), expected) <= 1.5 * relative_error(naive.double(), expected)
 
 
+def kept_as_int8(weights):
+    """What int8 storage keeps of ``[E, rows, K]``: integers times a scale of each row, float64."""
+    scale = np.abs(weights.astype(np.float64)).max(-1, keepdims=True) / 127
+    return np.rint(weights / scale) * scale
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_int8_storage_computes_with_integers_times_scales(activation, gated):
+    case = layer_case(40, 37, 51, 3, 2, gated=gated, bias=True)
+    kind = {"activation": activation, "gated": gated, "b_in": case["b_in"], "b_out": case["b_out"]}
+    packed = moeshard.pack(case["w_in"], case["w_out"], dtype=np.int8, **kind)
+    assert packed.dtype == "int8"
+    hidden, index, weights, w_in, w_out = arguments(case)
+    expected = experts_reference(hidden, index, weights, kept_as_int8(w_in), kept_as_int8(w_out), **kind)
+    assert relative_error(packed(hidden, index, weights), expected) < 2e-6
+
+
+def test_int8_storage_takes_a_quarter_of_the_memory():
+    case = layer_case(1, 256, 512, 3, 1)
+    sizes = {dtype: moeshard.pack(case["w_in"], case["w_out"], dtype=dtype).nbytes for dtype in ("float32", "int8")}
+    assert sizes["int8"] < 0.27 * sizes["float32"]
+
+
+def test_int8_columns_of_zeros_stay_zero_and_one_not_finite_shows():
+    case = layer_case(30, 16, 24, 3, 1)
+    case["w_in"][0] = 0
+    case["w_out"][1, 5] = 0
+    case["w_out"][2, 4, 3] = np.inf
+    hidden, index, weights, w_in, w_out = arguments(case)
+    out = moeshard.pack(w_in, w_out, dtype="int8")(hidden, index, weights)
+    expert = index[:, 0]
+    assert (out[expert == 0] == 0).all() and (out[expert == 1][:, 5] == 0).all()
+    broken = np.zeros_like(out, bool)
+    broken[expert == 2, 4] = True
+    assert (np.isnan(out) == broken).all()
+
+
 def test_a_bfloat16_tokens_bits_do_not_depend_on_its_neighbours():
     case = layer_case(40, 37, 51, 3, 2)
     hidden, index, weights, w_in, w_out = arguments(case, torch.from_numpy)
@@ -224,8 +262,8 @@ def test_unknown_activation_and_dtype_name_the_known_ones():
     case = layer_case(6, 8, 12, 3, 2)
     with pytest.raises(moeshard.ArgumentError, match="activation.*gelu_tanh.*'swish'"):
         moeshard.pack(case["w_in"], case["w_out"], activation="swish")
-    with pytest.raises(moeshard.DTypeError, match="dtype.*bfloat16.*'int8'"):
-        moeshard.pack(case["w_in"], case["w_out"], dtype="int8")
+    with pytest.raises(moeshard.DTypeError, match="dtype.*bfloat16.*int8.*'int4'"):
+        moeshard.pack(case["w_in"], case["w_out"], dtype="int4")
 
 
 def test_wrong_out_is_refused():

@@ -493,6 +493,29 @@ def test_storage_in_bfloat16_is_the_rounded_model_in_half_the_memory():
     assert compare(run(rounded, inputs), found)[0] <= 1e-5
 
 
+def weights_after_int8(group):
+    """Largest difference of a weight before and after, in scales of its row."""
+    model = switch_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    moeshard.unshard(moeshard.shard(model, group=group, dtype="int8", progress=False))
+    difference = 0.0
+    for name, parameter in model.named_parameters():
+        if "expert_" in name:
+            scale = before[name].abs().amax(1, keepdim=True) / 127
+            difference = max(difference, ((parameter - before[name]).abs() / scale).max().item())
+        else:
+            assert (parameter == before[name]).all()
+    return difference
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_int8_weights_come_back_within_half_a_scale(workers, ranks):
+    group = moeshard.init("one")
+    results = [weights_after_int8(group)] if ranks == 1 else on_ranks(workers, ranks, weights_after_int8)
+    # A rank's scales are of its own columns: at most those of the whole row. 127: two roundings in float32.
+    assert all(0.4 < difference <= 0.5 + 127 * 2.0**-23 for difference in results)
+
+
 # ---- bad models --------------------------------------------------------------------------------------------
 
 
@@ -533,7 +556,7 @@ def tied():
         (switch_model, {"tokens": "global"}, moeshard.ArgumentError, "tokens.*'replicated'.*'global'"),
         (switch_model, {"plan": "even"}, moeshard.ArgumentError, "plan.*'expert_parallel'.*'even'"),
         (switch_model, {"plan": Plan.shard(1, 8, 38)}, moeshard.ShapeError, r"block\.1.*plan.*37.*38"),
-        (switch_model, {"dtype": torch.int8}, moeshard.DTypeError, "dtype.*bfloat16.*int8"),
+        (switch_model, {"dtype": torch.int16}, moeshard.DTypeError, "dtype.*bfloat16.*int8.*int16"),
     ],
     ids=[
         "no-moe",

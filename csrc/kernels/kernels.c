@@ -44,7 +44,7 @@ enum {
 };
 
 // Of the weights; DOT: bf16 weights for bf16 rows.
-typedef enum storage { F32, BF16, F16, DOT } storage;
+typedef enum storage { F32, BF16, F16, I8, DOT } storage;
 
 // ---- prefetch -----------------------------------------------------------------------------------------------
 
@@ -93,6 +93,7 @@ INLINE bool fits(const storage s, const int rows, const int panels) {
 INLINE vf load_weights(const storage s, const bool odd, const char *at, int v) {
   if (s == F32) return v_load((const float *)at + v * VW);
   if (s == F16) return v_load_f16((const uint16_t *)at + v * VW);
+  if (s == I8) return v_load_int8((const int8_t *)at + v * VW);
   vu pairs = v_load_words((const uint32_t *)at + v * VW);
   return odd ? v_high_bf16(pairs) : v_low_bf16(pairs);
 }
@@ -147,7 +148,7 @@ INLINE void tile_step(const storage s, const int rows, const int panels, const b
 INLINE void tile_block(const storage s, const int rows, const int panels, const ms_tile *t,
                        const void *const *a, const char *b, float *acc, ahead w) {
   // bytes of one row of k; bf16 rows come in pairs
-  const int64_t row_bytes = s == F32 ? 4 * MS_PANEL : 2 * MS_PANEL;
+  const int64_t row_bytes = MS_PANEL * (s == F32 ? 4 : s == I8 ? 1 : 2);
   const int64_t b_stride = t->b_stride;
   const int step = s == BF16 || s == DOT ? 2 : 1;
   vf c[MAX_ROWS][4 * PV];
@@ -219,6 +220,7 @@ INLINE void tile_run(const storage s, const ms_tile *t) {
 static void tile_f32(const ms_tile *t) { tile_run(F32, t); }
 static void tile_bf16(const ms_tile *t) { tile_run(BF16, t); }
 static void tile_f16(const ms_tile *t) { tile_run(F16, t); }
+static void tile_i8(const ms_tile *t) { tile_run(I8, t); }
 #if defined(__AVX512BF16__)
 static void tile_dot(const ms_tile *t) { tile_run(DOT, t); }
 #endif
@@ -280,8 +282,9 @@ INLINE vf v_activate(const ms_activation activation, vf x) {
   }
 }
 
-INLINE vf v_biased(const float *acc, const float *bias, int64_t n) {
+INLINE vf v_finished(const float *acc, const float *scale, const float *bias, int64_t n) {
   vf x = v_load(acc + n);
+  if (scale) x *= v_load(scale + n);
   return bias ? x + v_load(bias + n) : x;
 }
 
@@ -295,28 +298,30 @@ INLINE void store_row(const storage s, void *out, int64_t i, vf x) {
 }
 
 INLINE void activate_all(const storage s, const ms_activation activation, bool gated,
-                         const float *acc, const float *bias, int64_t rows, int32_t panels,
-                         void *out, int64_t out_stride) {
+                         const float *acc, const float *scale, const float *bias, int64_t rows,
+                         int32_t panels, void *out, int64_t out_stride) {
   for (int64_t i = 0; i < rows; i++, acc += ACC_STRIDE) {
     if (!gated)
       for (int64_t n = 0; n < panels * MS_PANEL; n += VW)
-        store_row(s, out, i * out_stride + n, v_activate(activation, v_biased(acc, bias, n)));
+        store_row(s, out, i * out_stride + n,
+                  v_activate(activation, v_finished(acc, scale, bias, n)));
     else
       for (int64_t p = 0; p < panels; p += 2)
         for (int64_t v = 0; v < MS_PANEL; v += VW) {
           int64_t gate = p * MS_PANEL + v, up = gate + MS_PANEL;
           store_row(s, out, i * out_stride + p / 2 * MS_PANEL + v,
-                    v_activate(activation, v_biased(acc, bias, gate)) * v_biased(acc, bias, up));
+                    v_activate(activation, v_finished(acc, scale, bias, gate)) *
+                        v_finished(acc, scale, bias, up));
         }
   }
 }
 
 INLINE void activate_for(const storage s, ms_activation activation, bool gated, const float *acc,
-                         const float *bias, int64_t rows, int32_t panels, void *out,
-                         int64_t out_stride) {
+                         const float *scale, const float *bias, int64_t rows, int32_t panels,
+                         void *out, int64_t out_stride) {
 #define CASE(ACTIVATION)                                                                           \
   case ACTIVATION:                                                                                 \
-    activate_all(s, ACTIVATION, gated, acc, bias, rows, panels, out, out_stride);                  \
+    activate_all(s, ACTIVATION, gated, acc, scale, bias, rows, panels, out, out_stride);           \
     return;
   switch (activation) {
     CASE(MS_RELU)
@@ -324,30 +329,35 @@ INLINE void activate_for(const storage s, ms_activation activation, bool gated, 
     CASE(MS_GELU_TANH)
     CASE(MS_SILU)
   default:
-    activate_all(s, MS_IDENTITY, gated, acc, bias, rows, panels, out, out_stride);
+    activate_all(s, MS_IDENTITY, gated, acc, scale, bias, rows, panels, out, out_stride);
   }
 #undef CASE
 }
 
-static void activate(ms_activation activation, bool gated, const float *acc, const float *bias,
-                     int64_t rows, int32_t panels, void *out, int64_t out_stride) {
-  activate_for(F32, activation, gated, acc, bias, rows, panels, out, out_stride);
+static void activate(ms_activation activation, bool gated, const float *acc, const float *scale,
+                     const float *bias, int64_t rows, int32_t panels, void *out,
+                     int64_t out_stride) {
+  activate_for(F32, activation, gated, acc, scale, bias, rows, panels, out, out_stride);
 }
 
 #if defined(__AVX512BF16__)
-static void activate_bf16(ms_activation activation, bool gated, const float *acc, const float *bias,
-                          int64_t rows, int32_t panels, void *out, int64_t out_stride) {
-  activate_for(DOT, activation, gated, acc, bias, rows, panels, out, out_stride);
+static void activate_bf16(ms_activation activation, bool gated, const float *acc,
+                          const float *scale, const float *bias, int64_t rows, int32_t panels,
+                          void *out, int64_t out_stride) {
+  activate_for(DOT, activation, gated, acc, scale, bias, rows, panels, out, out_stride);
 }
 #endif
 
-static void scatter(const float *acc, const float *bias, const float *scale, int64_t rows,
-                    int64_t columns, float *const *out) {
+static void scatter(const float *acc, const float *scale, const float *bias, const float *weight,
+                    int64_t rows, int64_t columns, float *const *out) {
   for (int64_t i = 0; i < rows; i++, acc += ACC_STRIDE) {
     float *to = out[i];
     int64_t n = 0;
-    for (; n + VW <= columns; n += VW) v_store(to + n, scale[i] * v_biased(acc, bias, n));
-    for (; n < columns; n++) to[n] = scale[i] * (bias ? acc[n] + bias[n] : acc[n]);
+    for (; n + VW <= columns; n += VW) v_store(to + n, weight[i] * v_finished(acc, scale, bias, n));
+    for (; n < columns; n++) {
+      float x = scale ? acc[n] * scale[n] : acc[n];
+      to[n] = weight[i] * (bias ? x + bias[n] : x);
+    }
   }
 }
 
@@ -437,9 +447,7 @@ static void read_all(const void *data, int64_t bytes) {
 
 const ms_kernels PASTE(ms_kernels_, MS_ISA) = {
     .isa = TEXT(MS_ISA),
-    .tile_f32 = tile_f32,
-    .tile_bf16 = tile_bf16,
-    .tile_f16 = tile_f16,
+    .tile = {[MS_F32] = tile_f32, [MS_BF16] = tile_bf16, [MS_F16] = tile_f16, [MS_I8] = tile_i8},
     .activate = activate,
     .scatter = scatter,
     .sum = sum,

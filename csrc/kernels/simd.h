@@ -78,6 +78,18 @@ INLINE vf v_load_f16(const uint16_t *p) {
 #endif
 }
 
+INLINE vf v_load_int8(const int8_t *p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p)));
+#else
+  vf x = {0};
+  for (int i = 0; i < VW; i++) x[i] = p[i];
+  return x;
+#endif
+}
+
 // float32 -> float16 and bfloat16, to nearest even; NaN stays a (quiet) NaN.
 INLINE uint16_t narrow_f16_bits(float f) {
   uint32_t bits;

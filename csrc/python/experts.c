@@ -53,7 +53,7 @@ static PyObject *experts_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
       return PyErr_Format(PyExc_TypeError, "PackedExperts() missing required argument '%s'",
                           names[i]);
   ms_experts_spec spec = {.D = D, .F = F, .gated = gated, .has_b_in = b_in, .has_b_out = b_out};
-  if (!tensor_dtype_parse(state, dtype, &spec.storage)) return NULL;
+  if (!tensor_dtype_parse(state, dtype, TENSOR_STORAGE, &spec.storage)) return NULL;
   if (!parse_activation(state, activation, &spec.activation)) return NULL;
   array_need need = {
       .name = "columns", .type = NPY_INT64, .ndim = 2, .shape = {-1, 2}, .dims = "E, 2"};
@@ -193,13 +193,15 @@ done:
 PyDoc_STRVAR(unpack_doc,
              "unpack($self, /, expert, w_in=None, w_out=None, b_in=None, b_out=None)\n--\n\n"
              "Write this rank's columns of one expert to tensors: bit for bit what was packed, "
-             "when the dtypes are equal.\n\n"
+             "when the dtypes are equal.\n"
+             "int8 comes back as float32, within half a scale of what was packed.\n\n"
              "Fr is the number of columns that this rank holds of the expert. Any destination may "
              "be None.\n\n"
              "Args:\n"
              "    expert: 0 to E-1.\n"
-             "    w_in: [Fr, D] (gated: [2*Fr, D], gate rows first) of self.dtype, contiguous.\n"
-             "    w_out: [D, Fr] of self.dtype, contiguous.\n"
+             "    w_in: [Fr, D] (gated: [2*Fr, D], gate rows first) of self.dtype (int8: float32), "
+             "contiguous.\n"
+             "    w_out: [D, Fr], as w_in.\n"
              "    b_in: [Fr] (gated: [2*Fr]) float32, contiguous.\n"
              "    b_out: [D] float32, contiguous; zeros on ranks that do not hold column 0, which "
              "adds it.\n\n"
@@ -208,18 +210,20 @@ PyDoc_STRVAR(unpack_doc,
              "    ArgumentError: no such expert; read-only memory; a bias that these experts do "
              "not have.\n");
 
-static int take_destinations(core_state *state, const ms_experts_spec *spec, int32_t e,
+static int take_destinations(core_state *state, const ms_experts *experts, int32_t e,
                              PyObject *const tensors[PARTS], tensor_view views[PARTS]) {
+  const ms_experts_spec *spec = ms_experts_get_spec(experts);
+  unsigned weights = 1u << ms_experts_unpacked(experts);
   const int64_t *c = spec->columns + 2 * (int64_t)e;
   int64_t width = c[1] - c[0], rows = spec->gated ? 2 * width : width;
   const tensor_need needs[PARTS] = {{.name = "w_in",
-                                     .dtypes = 1u << spec->storage,
+                                     .dtypes = weights,
                                      .ndim = 2,
                                      .shape = {rows, spec->D},
                                      .dims = "FD",
                                      .write = true},
                                     {.name = "w_out",
-                                     .dtypes = 1u << spec->storage,
+                                     .dtypes = weights,
                                      .ndim = 2,
                                      .shape = {spec->D, width},
                                      .dims = "DF",
@@ -252,6 +256,7 @@ static int take_destinations(core_state *state, const ms_experts_spec *spec, int
 static PyObject *experts_unpack(PyObject *self, PyObject *args, PyObject *kwargs) {
   static char *names[] = {"expert", "w_in", "w_out", "b_in", "b_out", NULL};
   core_state *state = core_state_of(self);
+  const ms_experts *experts = ((experts_object *)self)->experts;
   const ms_experts_spec *spec = spec_of(self);
   PyObject *tensors[PARTS] = {Py_None, Py_None, Py_None, Py_None};
   long long expert;
@@ -262,13 +267,13 @@ static PyObject *experts_unpack(PyObject *self, PyObject *args, PyObject *kwargs
     return core_fail(state, MS_EINVAL, "expert: got %lld, expected 0 to %d", expert, spec->E - 1);
   tensor_view views[PARTS] = {{0}};
   PyObject *result = NULL;
-  if (take_destinations(state, spec, (int32_t)expert, tensors, views)) goto done;
+  if (take_destinations(state, experts, (int32_t)expert, tensors, views)) goto done;
   ms_error err;
   PyThreadState *gil = PyEval_SaveThread();
   if (views[B_OUT].data) memset(views[B_OUT].data, 0, (size_t)spec->D * sizeof(float));
   ms_status status =
-      ms_experts_unpack(((experts_object *)self)->experts, (int32_t)expert, views[W_IN].data,
-                        views[W_OUT].data, views[B_IN].data, views[B_OUT].data, &err);
+      ms_experts_unpack(experts, (int32_t)expert, views[W_IN].data, views[W_OUT].data,
+                        views[B_IN].data, views[B_OUT].data, &err);
   PyEval_RestoreThread(gil);
   result = core_none(state, status, &err);
 done:
@@ -367,8 +372,8 @@ static PyGetSetDef getset[] = {
     {"num_experts", get_num_experts, NULL, "Number of experts E.", NULL},
     {"d_model", get_d_model, NULL, "Model width D.", NULL},
     {"d_ff", get_d_ff, NULL, "Hidden width F of a whole expert.", NULL},
-    {"dtype", get_dtype, NULL, "Storage of the packed weights: 'float32', 'bfloat16' or 'float16'.",
-     NULL},
+    {"dtype", get_dtype, NULL,
+     "Storage of the packed weights: 'float32', 'bfloat16', 'float16' or 'int8'.", NULL},
     {"activation", get_activation, NULL, "'identity', 'relu', 'gelu', 'gelu_tanh' or 'silu'.",
      NULL},
     {"gated", get_gated, NULL, "Whether w_in holds gate rows, then up rows.", NULL},
@@ -388,7 +393,9 @@ PyDoc_STRVAR(
     "stop) of expert e.\n"
     "    d_model: model width D.\n"
     "    d_ff: hidden width F of a whole expert.\n"
-    "    dtype: storage, 'float32', 'bfloat16' or 'float16'. All arithmetic is in float32.\n"
+    "    dtype: storage, 'float32', 'bfloat16', 'float16' or 'int8' (each row of w_in and w_out "
+    "times a float32 scale:\n"
+    "        its largest magnitude / 127; a row with a NaN or an infinity becomes NaN).\n"
     "    activation: 'identity', 'relu', 'gelu' (erf), 'gelu_tanh' or 'silu'.\n"
     "    gated: y = act(x W_gate^T) * (x W_up^T); w_in then holds the gate rows, then the up "
     "rows.\n"

@@ -48,6 +48,20 @@ typedef struct problem {
   double *expected;
 } problem;
 
+static float largest(const float *x, int64_t n) {
+  float most = 0;
+  for (int64_t i = 0; i < n; i++) most = fmaxf(most, fabsf(x[i]));
+  return most;
+}
+
+// Rows of length K as int8 keeps them: integers times a scale of the row.
+static void round_to_int8(float *w, int64_t rows, int64_t K) {
+  for (float *end = w + rows * K; w < end; w += K) {
+    double scale = largest(w, K) / 127;
+    for (int64_t k = 0; k < K; k++) w[k] = (float)(scale * rint(w[k] / scale));
+  }
+}
+
 // The weights as `storage` keeps them, so that what is left to compare is float32 arithmetic.
 static void round_weights(problem *p, ms_dtype storage) {
   float *const tensors[] = {p->w_in, p->w_out};
@@ -58,6 +72,10 @@ static void round_weights(problem *p, ms_dtype storage) {
       if (storage == MS_BF16) *w = from_bf16(to_bf16(*w));
       if (storage == MS_F16) *w = (float)(_Float16)*w;
     }
+  if (storage == MS_I8) {
+    round_to_int8(p->w_in, p->E * (p->gated ? 2 : 1) * p->F, p->D);
+    round_to_int8(p->w_out, p->E * p->D, p->F);
+  }
   ms_reference_layer(p->hidden, p->index, p->weight, p->T, p->D, p->K, p->E, p->F, p->w_in,
                      p->w_out, p->bias_in, p->bias_out, p->activation, p->gated, p->expected);
 }
@@ -163,9 +181,9 @@ static uint16_t *run_bf16(const problem *p, ms_experts *x, int32_t thread_count)
 static void check_problem(int64_t T, int64_t D, int64_t F, int32_t K, int32_t E,
                           ms_activation activation, bool gated, bool biases) {
   problem p = make(T, D, F, K, E, activation, gated, biases);
-  const ms_dtype storages[] = {MS_F32, MS_F16,
-                               MS_BF16}; // each rounds the weights of the one before
-  for (int i = 0; i < 3; i++) {
+  const ms_dtype storages[] = {MS_F32, MS_F16, MS_BF16,
+                               MS_I8}; // each rounds the weights of the one before
+  for (int i = 0; i < 4; i++) {
     round_weights(&p, storages[i]);
     ms_experts *x = pack(&p, storages[i], 0, F);
     float *one = run(&p, x, 1), *three = run(&p, x, 3);
@@ -201,8 +219,9 @@ static void layers_equal_the_reference(void) {
 
 static void a_token_does_not_depend_on_its_neighbours(void) {
   problem p = make(61, 100, 70, 2, 3, MS_GELU, false, true);
-  for (ms_dtype storage = MS_F32; storage <= MS_F16; storage++) {
-    ms_experts *x = pack(&p, storage, 0, p.F);
+  const ms_dtype storages[] = {MS_F32, MS_BF16, MS_F16, MS_I8};
+  for (int i = 0; i < 4; i++) {
+    ms_experts *x = pack(&p, storages[i], 0, p.F);
     float *all = run(&p, x, 2);
     for (int64_t t = 0; t < p.T; t += 7) {
       problem single = p;
@@ -337,6 +356,49 @@ static void packing_is_undone_bit_for_bit(void) {
   for (int64_t d = 0; d < p.D; d++)
     wrong += memcmp(w_out + d * width, p.w_out + (1 * p.D + d) * p.F + 5, (size_t)width * 4) != 0;
   CHECK(wrong == 0);
+  free(w_in);
+  free(w_out);
+  ms_experts_free(x);
+  free_problem(&p);
+}
+
+// |w - got| <= scale / 2, and the rounding of the division and of the product in fp32: 127 units of 2^-24 each.
+static void check_int8_row(const float *got, const float *w, int64_t K) {
+  float scale = largest(w, K) / 127, bound = scale * (0.5f + 127 * 0x1p-23f);
+  for (int64_t k = 0; k < K; k++)
+    CHECK_THAT(fabsf(got[k] - w[k]) <= bound, "%g is kept as %g, scale %g", w[k], got[k], scale);
+}
+
+static void int8_keeps_weights_within_half_a_scale(void) {
+  problem p = make(1, 35, 37, 1, 2, MS_SILU, true, true);
+  const int64_t start = 5, stop = 28, width = stop - start;
+  for (int64_t d = 0; d < p.D;
+       d++) { // rows of every size; whole rows of zeros; nothing but subnormals
+    p.w_in[(start + 1) * p.D + d] = 0;
+    p.w_in[(start + 2) * p.D + d] *= 0x1p-130f;
+    p.w_in[(start + 3) * p.D + d] *= 0x1p120f;
+    p.w_in[(start + 4) * p.D + d] = d == 3 ? NAN : 1;
+    p.w_in[(start + 5) * p.D + d] = d == 4 ? -INFINITY : 1;
+  }
+  memset(p.w_out + 7 * p.F, 0, (size_t)p.F * sizeof(float));
+  p.w_out[8 * p.F + start - 1] = 1000; // not this rank's: its scale does not see it
+  ms_error err;
+  ms_experts *x = pack(&p, MS_I8, start, stop);
+  CHECK(ms_experts_unpacked(x) == MS_F32);
+  float *w_in = malloc((size_t)(2 * width * p.D) * 4), *w_out = malloc((size_t)(width * p.D) * 4);
+  CHECK(ms_experts_unpack(x, 0, w_in, w_out, NULL, NULL, &err) == MS_OK);
+  for (int64_t half = 0; half < 2; half++)
+    for (int64_t f = 0; f < width; f++) {
+      const float *got = w_in + (half * width + f) * p.D;
+      bool broken = half == 0 && (f == 4 || f == 5); // not finite: NaN throughout
+      if (half == 0 && f == 2)                       // scales are normal numbers
+        for (int64_t d = 0; d < p.D; d++) CHECK(got[d] == 0);
+      else if (!broken)
+        check_int8_row(got, p.w_in + (half * p.F + start + f) * p.D, p.D);
+      for (int64_t d = 0; d < p.D; d++) CHECK((bool)isnan(got[d]) == broken);
+    }
+  for (int64_t d = 0; d < p.D; d++)
+    check_int8_row(w_out + d * width, p.w_out + d * p.F + start, width);
   free(w_in);
   free(w_out);
   ms_experts_free(x);
@@ -490,6 +552,7 @@ int main(int argc, char **argv) {
   sixteen_bit_tokens_are_widened_and_narrowed();
   bf16_tokens_with_bf16_weights_round_twice_at_most();
   packing_is_undone_bit_for_bit();
+  int8_keeps_weights_within_half_a_scale();
   transposed_sources_and_slices_pack_alike();
   not_a_number_reaches_its_own_token_only();
   grouping_equals_the_reference();
