@@ -3,6 +3,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 DEMO ?=
+BENCH ?=
 PYTEST ?=
 
 SHELL := bash
@@ -48,6 +49,13 @@ $(OLD)/.installed: | .venv/.packages
 	  "huggingface_hub<1.0" "tokenizers<0.23" requests urllib3 charset-normalizer idna certifi
 	touch $@
 
+# DeepSpeed, a rival: the pyproject.toml extra `compare`. Built against the torch that is there, without its compiled
+# operations, none of which its MoE layer calls.
+.venv/.compare: .venv/.packages
+	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(PIP) install --quiet --no-build-isolation "$(TORCH)" $$($(PY) -c 'import tomllib; \
+	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["compare"])')
+	touch $@
+
 # ---- what it is for -----------------------------------------------------------------------------
 
 .PHONY: demo
@@ -58,9 +66,12 @@ demo: build ## a Switch encoder over 2 ranks on real English; DEMO="--experts 64
 notebooks: build ## run the notebooks
 	$(PY) -m pytest --nbmake --nbmake-timeout=300 notebooks
 
-.PHONY: bench
-bench: build ## run the benchmarks
-	for file in benchmarks/bench_*.py; do echo "== $$file"; $(PY) "$$file"; done
+.PHONY: bench bench-quick
+bench: build .venv/.compare ## moeshard and its rivals side by side, all cases: 40 minutes; results in benchmarks/results
+	$(PY) -m moeshard bench $(BENCH)
+bench-quick: build .venv/.compare ## the same with a case for every bar: 3 minutes; results in build/bench
+	mkdir -p build/bench
+	$(PY) -m moeshard bench --quick --output build/bench $(BENCH)
 
 # ---- tests: quick ones first, pytest's own summary last ------------------------------------------
 
@@ -74,6 +85,10 @@ test: build ## lint, C tests, pytest with the older transformers, pytest
 .PHONY: test-old
 test-old: build ## the Switch tests with transformers 4.57
 	PYTHONPATH=$(OLD) $(PY) -m pytest -q tests/test_switch*.py $(PYTEST)
+
+.PHONY: test-compare
+test-compare: build .venv/.compare ## against DeepSpeed's MoE layer and HuggingFace on 2 ranks; installs DeepSpeed
+	MOESHARD_COMPARE=required $(PY) -m pytest tests/compare $(PYTEST)
 
 # The C core without Python, under sanitizers. Every tests/c/test_*.c is a program; it fails by its exit code.
 WARNINGS := -Wall -Wextra -Wshadow -Wconversion -Werror
@@ -181,6 +196,6 @@ wheel: build ## dist/moeshard-*.whl
 
 .PHONY: clean
 clean: ## remove all that make has made
-	rm -rf .venv build dist moeshard.egg-info .mypy_cache .ruff_cache .pytest_cache moeshard/_core*.so moeshard/_cuda*.so tests/ptxsim/build tests/ptxsim/tests/bin \
-	  moeshard-demo.png
+	rm -rf .venv build dist moeshard.egg-info .mypy_cache .ruff_cache .pytest_cache moeshard/_core*.so \
+	  moeshard/_cuda*.so tests/ptxsim/build tests/ptxsim/tests/bin moeshard-demo.png moeshard-encoder.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

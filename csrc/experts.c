@@ -18,6 +18,12 @@ static int64_t place(const ms_experts *x, ms_slice *s, int64_t at) {
   at += s->in_panels * x->in_panel_bytes;
   s->w_out = x->data + at;
   at += s->out_panels * ms_panel_bytes(spec->storage, s->width);
+  if (spec->storage == MS_I8) {
+    s->scale_in = (const float *)(x->data + at);
+    at += (int64_t)s->in_panels * MS_PANEL * (int64_t)sizeof(float);
+    s->scale_out = (const float *)(x->data + at);
+    at += (int64_t)s->out_panels * MS_PANEL * (int64_t)sizeof(float);
+  }
   if (spec->has_b_in) {
     s->b_in = (const float *)(x->data + at);
     at += (int64_t)s->in_panels * MS_PANEL * (int64_t)sizeof(float);
@@ -36,6 +42,10 @@ static int64_t place_all(ms_experts *x) {
   return at;
 }
 
+static bool is_weight_dtype(ms_dtype dtype) {
+  return dtype == MS_F32 || dtype == MS_BF16 || dtype == MS_F16;
+}
+
 static ms_status check_spec(const ms_experts_spec *spec, ms_error *err) {
   if (spec->E < 1 || spec->E > MS_MAX_EXPERTS)
     return ms_fail(err, MS_EINVAL, "num_experts: got %d, expected 1 to %d", spec->E,
@@ -46,8 +56,8 @@ static ms_status check_spec(const ms_experts_spec *spec, ms_error *err) {
   if (spec->D > INT32_MAX / 64 || spec->F > INT32_MAX / 64)
     return ms_fail(err, MS_EINVAL, "d_model=%lld, d_ff=%lld: expected less than 2^25",
                    (long long)spec->D, (long long)spec->F);
-  if (spec->storage != MS_F32 && spec->storage != MS_BF16 && spec->storage != MS_F16)
-    return ms_fail(err, MS_EDTYPE, "dtype: got %s, expected float32, bfloat16 or float16",
+  if (!is_weight_dtype(spec->storage) && spec->storage != MS_I8)
+    return ms_fail(err, MS_EDTYPE, "dtype: got %s, expected float32, bfloat16, float16 or int8",
                    ms_dtype_name(spec->storage));
   if ((unsigned)spec->activation >= MS_ACTIVATION_COUNT)
     return ms_fail(err, MS_EINVAL, "activation: got %d, expected 0 to %d", (int)spec->activation,
@@ -108,21 +118,29 @@ const ms_experts_spec *ms_experts_get_spec(const ms_experts *x) { return &x->spe
 
 int64_t ms_experts_bytes(const ms_experts *x) { return x->bytes; }
 
-// Pack `rows` rows of m from `row` on, columns [col, col + K), into panels `step` panels apart.
+ms_dtype ms_experts_unpacked(const ms_experts *x) {
+  return x->spec.storage == MS_I8 ? MS_F32 : x->spec.storage;
+}
+
+// Pack `rows` rows of m from `row` on, columns [col, col + K), into every step-th panel; so are their scales (or NULL).
 static void pack_rows(const ms_experts *x, const ms_matrix *m, int64_t row, int64_t rows,
-                      int64_t col, int64_t K, char *to, int64_t step) {
-  for (int64_t j = 0; j < rows; j += MS_PANEL, to += step) {
+                      int64_t col, int64_t K, const char *to, const float *scale, int64_t step) {
+  int64_t bytes = step * ms_panel_bytes(x->spec.storage, K);
+  for (int64_t j = 0; j < rows; j += MS_PANEL, to += bytes) {
     int32_t columns = (int32_t)(rows - j < MS_PANEL ? rows - j : MS_PANEL);
-    ms_panel_pack(m, row + j, col, columns, K, x->spec.storage, to);
+    ms_panel_pack(m, row + j, col, columns, K, x->spec.storage,
+                  scale ? (float *)scale + j * step : NULL, (char *)to);
   }
 }
 
-static void unpack_rows(const ms_experts *x, const char *from, int64_t step, int64_t rows,
-                        int64_t K, void *to) {
-  int64_t size = ms_dtype_size(x->spec.storage);
-  for (int64_t j = 0; j < rows; j += MS_PANEL, from += step) {
+static void unpack_rows(const ms_experts *x, const char *from, const float *scale, int64_t step,
+                        int64_t rows, int64_t K, void *to) {
+  int64_t bytes = step * ms_panel_bytes(x->spec.storage, K);
+  int64_t size = ms_dtype_size(ms_experts_unpacked(x));
+  for (int64_t j = 0; j < rows; j += MS_PANEL, from += bytes) {
     int32_t columns = (int32_t)(rows - j < MS_PANEL ? rows - j : MS_PANEL);
-    ms_panel_unpack(from, columns, K, x->spec.storage, (char *)to + j * K * size, K);
+    ms_panel_unpack(from, scale ? scale + j * step : NULL, columns, K, x->spec.storage,
+                    (char *)to + j * K * size, K);
   }
 }
 
@@ -132,12 +150,8 @@ static void pack_bias(const void *bias, ms_dtype dtype, int64_t row, int64_t row
   ms_matrix m = {.data = bias, .dtype = dtype, .row_stride = 1, .col_stride = 1};
   for (int64_t j = 0; j < rows; j += MS_PANEL, to += step) {
     int32_t columns = (int32_t)(rows - j < MS_PANEL ? rows - j : MS_PANEL);
-    ms_panel_pack(&m, row + j, 0, columns, 1, MS_F32, to);
+    ms_panel_pack(&m, row + j, 0, columns, 1, MS_F32, NULL, to);
   }
-}
-
-static bool is_weight_dtype(ms_dtype dtype) {
-  return dtype == MS_F32 || dtype == MS_BF16 || dtype == MS_F16;
 }
 
 static ms_status check_matrix(const char *name, const ms_matrix *m, int64_t rows, int64_t cols,
@@ -188,19 +202,19 @@ ms_status ms_experts_pack(ms_experts *x, int32_t e, int64_t first, int64_t count
   int64_t skip = s->start - first;
   for (int64_t half = 0; half < halves; half++) { // gate, up
     pack_rows(x, w_in, half * count + skip, s->width, 0, spec->D,
-              (char *)s->w_in + half * x->in_panel_bytes, halves * x->in_panel_bytes);
+              s->w_in + half * x->in_panel_bytes,
+              s->scale_in ? s->scale_in + half * MS_PANEL : NULL, halves);
     if (s->b_in)
       pack_bias(b_in, bias, half * count + skip, s->width, (float *)s->b_in + half * MS_PANEL,
                 halves * MS_PANEL);
   }
-  pack_rows(x, w_out, 0, spec->D, skip, s->width, (char *)s->w_out,
-            ms_panel_bytes(spec->storage, s->width));
+  pack_rows(x, w_out, 0, spec->D, skip, s->width, s->w_out, s->scale_out, 1);
   if (s->b_out) {
     ms_matrix m = {.data = b_out, .dtype = bias, .row_stride = 1, .col_stride = 1};
     float panel[MS_PANEL];
     for (int64_t d = 0; d < spec->D; d += MS_PANEL) {
       int64_t n = spec->D - d < MS_PANEL ? spec->D - d : MS_PANEL;
-      ms_panel_pack(&m, d, 0, (int32_t)n, 1, MS_F32, panel);
+      ms_panel_pack(&m, d, 0, (int32_t)n, 1, MS_F32, NULL, panel);
       memcpy((float *)s->b_out + d, panel, (size_t)n * sizeof(float));
     }
   }
@@ -212,16 +226,24 @@ ms_status ms_experts_unpack(const ms_experts *x, int32_t e, void *w_in, void *w_
   const ms_experts_spec *spec = &x->spec;
   MS_TRY(check_expert(x, e, err));
   const ms_slice *s = &x->slices[e];
-  int64_t halves = spec->gated ? 2 : 1, size = ms_dtype_size(spec->storage);
+  int64_t halves = spec->gated ? 2 : 1, size = ms_dtype_size(ms_experts_unpacked(x));
   for (int64_t half = 0; half < halves && s->width; half++) {
     if (w_in)
-      unpack_rows(x, s->w_in + half * x->in_panel_bytes, halves * x->in_panel_bytes, s->width,
-                  spec->D, (char *)w_in + half * s->width * spec->D * size);
+      unpack_rows(x, s->w_in + half * x->in_panel_bytes,
+                  s->scale_in ? s->scale_in + half * MS_PANEL : NULL, halves, s->width, spec->D,
+                  (char *)w_in + half * s->width * spec->D * size);
     for (int64_t j = 0; b_in && s->b_in && j < s->width; j++)
       b_in[half * s->width + j] = s->b_in[(j / MS_PANEL * halves + half) * MS_PANEL + j % MS_PANEL];
   }
-  if (w_out && s->width)
-    unpack_rows(x, s->w_out, ms_panel_bytes(spec->storage, s->width), spec->D, s->width, w_out);
+  if (w_out && s->width) unpack_rows(x, s->w_out, s->scale_out, 1, spec->D, s->width, w_out);
   if (b_out && s->b_out) memcpy(b_out, s->b_out, (size_t)spec->D * sizeof(float));
+  return MS_OK;
+}
+
+ms_status ms_experts_release(ms_experts *x, int32_t e, ms_error *err) {
+  MS_TRY(check_expert(x, e, err));
+  const char *start = x->slices[e].w_in;
+  const char *end = e + 1 < x->spec.E ? x->slices[e + 1].w_in : x->data + x->bytes;
+  ms_pages_release((char *)start, end - start);
   return MS_OK;
 }

@@ -11,8 +11,10 @@ typedef struct ms_slice { // this rank's columns [start, start + width) of one e
       in_panels; // of the first matrix (K = D): one each 16 columns; gated: gate panel, up panel, alternating
   int32_t out_panels; // of the second (K = width): one each 16 outputs
   const char *w_in, *w_out;
-  const float *b_in;  // [in_panels * 16], in panel order; NULL without
-  const float *b_out; // [D]; NULL without, and on ranks that do not hold column 0
+  const float *scale_in;  // [in_panels * 16], in panel order; NULL unless the storage is int8
+  const float *scale_out; // [out_panels * 16]; likewise
+  const float *b_in;      // [in_panels * 16], in panel order; NULL without
+  const float *b_out;     // [D]; NULL without, and on ranks that do not hold column 0
 } ms_slice;
 
 struct ms_experts {

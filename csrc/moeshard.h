@@ -80,7 +80,7 @@ ms_status ms_fail(ms_error *err, ms_status code, const char *format, ...)
     if (ms_try_status != MS_OK) return ms_try_status;                                              \
   } while (0)
 
-typedef enum ms_dtype { MS_F32 = 0, MS_BF16, MS_F16, MS_I32, MS_I64 } ms_dtype;
+typedef enum ms_dtype { MS_F32 = 0, MS_BF16, MS_F16, MS_I32, MS_I64, MS_I8 } ms_dtype;
 int64_t ms_dtype_size(ms_dtype dtype);     // bytes
 const char *ms_dtype_name(ms_dtype dtype); // "float32", "bfloat16", ...
 
@@ -178,7 +178,7 @@ typedef struct ms_matrix { // a strided view of a weight matrix; strides in elem
 typedef struct ms_experts_spec {
   int32_t E;
   int64_t D, F;
-  ms_dtype storage; // of the packed weights: MS_F32, MS_BF16, MS_F16
+  ms_dtype storage; // of the packed weights: MS_F32, MS_BF16, MS_F16, MS_I8
   ms_activation activation;
   bool gated; // y = act(x W_gate^T) * (x W_up^T): w_in holds the gate rows, then the up rows
   bool has_b_in, has_b_out;
@@ -199,6 +199,8 @@ int64_t ms_experts_bytes(const ms_experts *experts);                   // packed
 //   w_in   [count, D] (gated: [2*count, D], gate rows first)      b_in   [count] ([2*count]) or NULL
 //   w_out  [D, count]                                             b_out  [D] or NULL
 // Only the columns of the plan are read. Biases are contiguous, of dtype `bias`.
+// MS_I8: of each row of w_in and, over this rank's columns, of w_out: scale = its largest magnitude / 127, and a weight is
+// the nearest of -127 .. 127 times that. A row with a NaN or an infinity becomes NaN throughout.
 // The output bias is kept only by the rank that holds column 0 of e, so it is added once.
 // Cost: one pass over the columns, no allocation. Not for two threads on one expert.
 // Errors: MS_EINVAL e or missing/unexpected bias; MS_ESHAPE with both shapes; MS_EDTYPE.
@@ -206,13 +208,19 @@ ms_status ms_experts_pack(ms_experts *experts, int32_t e, int64_t first, int64_t
                           const ms_matrix *w_in, const ms_matrix *w_out, const void *b_in,
                           const void *b_out, ms_dtype bias, ms_error *err);
 
-// The inverse: this rank's columns of expert e in `storage` dtype, contiguous, as packed
-// (bit for bit what was packed when the dtypes are equal). Any destination may be NULL.
+// The inverse: this rank's columns of expert e in the unpacked dtype, contiguous, as packed
+// (bit for bit what was packed when the dtypes are equal; MS_I8: within half a scale). Any destination may be NULL.
 //   w_in [Fr, D] (gated [2*Fr, D])   w_out [D, Fr]   b_in [Fr] ([2*Fr]) float32   b_out [D] float32
 // b_out is written only where the rank holds column 0.
 // Cost: one pass over the columns, no allocation. Errors: MS_EINVAL e outside 0..E-1.
 ms_status ms_experts_unpack(const ms_experts *experts, int32_t e, void *w_in, void *w_out,
                             float *b_in, float *b_out, ms_error *err);
+// The dtype that unpack writes weights in: the storage, MS_F32 for MS_I8.
+ms_dtype ms_experts_unpacked(const ms_experts *experts);
+
+// Give expert e's memory back to the system; pages that a neighbour shares stay. Pack it again before
+// it is used. Cost: one system call. Errors: MS_EINVAL e outside 0..E-1.
+ms_status ms_experts_release(ms_experts *experts, int32_t e, ms_error *err);
 
 // ---- the batch: one forward pass, filled step by step ---------------------------------------------
 // Grows to the largest shape seen and never shrinks: no allocation in the steady state.
@@ -336,7 +344,8 @@ ms_status ms_group(ms_batch *batch, ms_error *err);
 // ---- chapter 4: ffn ----------------------------------------------------------------------------------
 // Both matrices of every expert on this rank's columns: slot[s] = weight[s] * ffn_e(row[s / K]).
 // Every slot with an expert is written (zeros where this rank holds no column of it).
-// Same bits for any number of threads, and for a token whatever its neighbours are.
+// Same bits for any number of threads, and for a token whatever its neighbours are. fp32 arithmetic, but bf16 tokens with
+// bf16 weights may be multiplied as they are, the rows between the matrices rounded to bf16 (docs/numerics.md).
 // Cost: 2*D*Fr*(gated ? 3 : 2) flops a slot; every hit expert's weights are read once per 1024 slots.
 // Errors: MS_ESHAPE experts of another D or E; MS_ENOMEM.
 ms_status ms_ffn(ms_batch *batch, const ms_experts *experts, ms_threads *threads, ms_error *err);

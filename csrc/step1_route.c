@@ -57,6 +57,7 @@ static ms_status import_weights(const void *weight, ms_dtype dtype, int64_t n, f
     return MS_OK;
   case MS_I32:
   case MS_I64:
+  case MS_I8:
     break;
   }
   return ms_fail(err, MS_EDTYPE, "top_k_weights: got %s, expected float32, bfloat16 or float16",

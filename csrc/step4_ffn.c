@@ -3,6 +3,9 @@
 //   phase 1   H[i] = act(row[i] . w_in^T + b_in)                 [slots of the wave, Fr]
 //   phase 2   slot[order[i]] = weight[i] * (H[i] . w_out^T + b_out)
 //
+// H is fp32, and 16-bit tokens are widened first; but where the processor multiplies pairs of bf16, bf16 tokens stay as
+// they are when the weights are bf16 too, and H is rounded to bf16 (docs/numerics.md).
+//
 // The slots, sorted by expert, are taken in waves of about WAVE_ROWS, so that H stays in the last-level cache and memory
 // does not grow with the batch. A wave is cut in segments (rows of one expert) and a phase in tasks (a segment's rows x
 // four panels of its weights): a thread streams its panels once, in blocks of K_BLOCK that fit the L2 cache, while
@@ -24,7 +27,8 @@ enum {
   K_BLOCK =
       384, // 4 panels: 96 KiB of fp32 weights, twice (in use and on the way) in the L2 cache; even for bf16.
            // Part of the numerics: where sums are cut (kernels.h), so the same for every shape
-  ACC_STRIDE = MS_TILE_PANELS * MS_PANEL
+  ACC_STRIDE = MS_TILE_PANELS * MS_PANEL,
+  LINE = 64 // bytes
 };
 
 typedef struct segment {
@@ -42,18 +46,20 @@ typedef struct wave {
   const ms_experts *experts;
   const ms_kernels *kernels;
   void (*tile)(const ms_tile *tile);
+  bool dot;        // bf16 tokens, H and weights
   int64_t k_bytes; // of one k of a panel
   int32_t threads;
   float *scratch; // [threads][TASK_ROWS][64]
 
-  int64_t begin, rows;  // order[begin .. begin + rows)
-  const float **input;  // [rows] rows of the first matrix's left side
-  const float **middle; // [rows] rows of H
-  float **output;       // [rows] where the slot goes
-  float *weight;        // [rows]
-  float *widened;       // [rows][D] when hidden is not fp32
-  float *h;             // [rows][h_stride]
-  int64_t h_stride;
+  int64_t begin, rows; // order[begin .. begin + rows)
+  const void **input;  // [rows] rows of the first matrix's left side
+  const void **middle; // [rows] rows of H
+  float **output;      // [rows] where the slot goes
+  float *weight;       // [rows]
+  float *widened;      // [rows][D] when hidden is neither fp32 nor dotted
+  char *h;             // [rows][h_stride] fp32, bf16 when dotted
+  int64_t h_stride;    // elements
+  int64_t h_size;      // bytes of one
 
   segment *segments;
   int64_t segment_count;
@@ -83,7 +89,7 @@ static weights task_weights(const wave *w, int64_t i) {
 static int64_t block_end(int64_t k0, int64_t K) { return k0 + K_BLOCK < K ? k0 + K_BLOCK : K; }
 
 // acc = left rows x the task's panels, over all k.
-static weights multiply(const wave *w, int64_t i, const float *const *left, float *acc) {
+static weights multiply(const wave *w, int64_t i, const void *const *left, float *acc) {
   weights m = task_weights(w, i), next = {0};
   if (i + w->threads < w->all_tasks) next = task_weights(w, i + w->threads);
   ms_tile tile = {
@@ -107,19 +113,21 @@ static weights multiply(const wave *w, int64_t i, const float *const *left, floa
   return m;
 }
 
+static const float *from(const float *x, int64_t column) { return x ? x + column : NULL; }
+
 static void run_first(void *context, int64_t i, int32_t thread) {
   const wave *w = context;
   const task *t = &w->tasks[i];
   const segment *s = &w->segments[t->segment];
   const ms_experts_spec *spec = &w->experts->spec;
-  const float *b_in = w->experts->slices[s->expert].b_in;
+  const ms_slice *slice = &w->experts->slices[s->expert];
   float *acc = w->scratch + (int64_t)thread * TASK_ROWS * ACC_STRIDE;
   int64_t row = s->base + t->row;
   weights m = multiply(w, i, w->input + row, acc);
-  int64_t column = (int64_t)t->panel * MS_PANEL / (spec->gated ? 2 : 1);
-  w->kernels->activate(spec->activation, spec->gated, acc,
-                       b_in ? b_in + (int64_t)t->panel * MS_PANEL : NULL, t->rows, m.panels,
-                       w->h + row * w->h_stride + column, w->h_stride);
+  int64_t column = (int64_t)t->panel * MS_PANEL, to = spec->gated ? column / 2 : column;
+  (w->dot ? w->kernels->activate_bf16 : w->kernels->activate)(
+      spec->activation, spec->gated, acc, from(slice->scale_in, column), from(slice->b_in, column),
+      t->rows, m.panels, w->h + (row * w->h_stride + to) * w->h_size, w->h_stride);
 }
 
 static void run_second(void *context, int64_t unit, int32_t thread) {
@@ -127,7 +135,7 @@ static void run_second(void *context, int64_t unit, int32_t thread) {
   int64_t i = w->first_tasks + unit;
   const task *t = &w->tasks[i];
   const segment *s = &w->segments[t->segment];
-  const float *b_out = w->experts->slices[s->expert].b_out;
+  const ms_slice *slice = &w->experts->slices[s->expert];
   float *acc = w->scratch + (int64_t)thread * TASK_ROWS * ACC_STRIDE;
   int64_t row = s->base + t->row, column = (int64_t)t->panel * MS_PANEL;
   weights m = multiply(w, i, w->middle + row, acc);
@@ -135,7 +143,8 @@ static void run_second(void *context, int64_t unit, int32_t thread) {
       w->batch->D - column < m.panels * MS_PANEL ? w->batch->D - column : m.panels * MS_PANEL;
   float *to[TASK_ROWS];
   for (int32_t r = 0; r < t->rows; r++) to[r] = w->output[row + r] + column;
-  w->kernels->scatter(acc, b_out ? b_out + column : NULL, w->weight + row, t->rows, columns, to);
+  w->kernels->scatter(acc, from(slice->scale_out, column), from(slice->b_out, column),
+                      w->weight + row, t->rows, columns, to);
 }
 
 // 16-bit tokens are widened once a wave: every column of the first matrix reads them.
@@ -201,8 +210,8 @@ static void point_rows(wave *w) {
   const ms_batch *b = w->batch;
   for (int64_t i = 0; i < w->rows; i++) {
     int64_t slot = b->order[w->begin + i];
-    w->input[i] = b->dtype == MS_F32 ? b->row[slot / b->K] : w->widened + i * b->D;
-    w->middle[i] = w->h + i * w->h_stride;
+    w->input[i] = w->widened ? w->widened + i * b->D : b->row[slot / b->K];
+    w->middle[i] = w->h + i * w->h_stride * w->h_size;
     w->output[i] = b->slot + slot * b->D;
     w->weight[i] = b->all_weight[slot];
   }
@@ -216,7 +225,8 @@ static ms_status reserve(wave *w, ms_batch *batch, ms_error *err) {
   for (int32_t e = 0; e < batch->E; e++)
     if (w->experts->slices[e].width > widest) widest = w->experts->slices[e].width;
   // A row of H is a few lines longer than needed: a power of two would map all rows to the same cache sets.
-  w->h_stride = cut(widest, MS_PANEL) * MS_PANEL + MS_PANEL;
+  w->h_size = ms_dtype_size(w->dot ? MS_BF16 : MS_F32);
+  w->h_stride = cut(widest, MS_PANEL) * MS_PANEL + LINE / w->h_size;
 
   // input, middle, output, weight and the segments share one buffer.
   int64_t pointers = rows * (int64_t)sizeof(void *);
@@ -224,17 +234,18 @@ static ms_status reserve(wave *w, ms_batch *batch, ms_error *err) {
   MS_TRY(ms_buffer_grow(&memory->input, 3 * pointers + segments + rows * (int64_t)sizeof(float),
                         "row pointers", err));
   char *at = memory->input.data;
-  w->input = (const float **)at;
-  w->middle = (const float **)(at + pointers);
+  w->input = (const void **)at;
+  w->middle = (const void **)(at + pointers);
   w->output = (float **)(at + 2 * pointers);
   w->segments = (segment *)(at + 3 * pointers);
   w->weight = (float *)(at + 3 * pointers + segments);
 
-  int64_t widened = batch->dtype == MS_F32 ? 0 : rows * batch->D;
-  MS_TRY(ms_buffer_grow(&memory->hidden, (rows * w->h_stride + widened) * (int64_t)sizeof(float),
-                        "ffn rows", err));
+  bool widen = batch->dtype != MS_F32 && !w->dot;
+  int64_t h_bytes = rows * w->h_stride * w->h_size;
+  int64_t widened_bytes = widen ? rows * batch->D * (int64_t)sizeof(float) : 0;
+  MS_TRY(ms_buffer_grow(&memory->hidden, h_bytes + widened_bytes, "ffn rows", err));
   w->h = memory->hidden.data;
-  w->widened = w->h + rows * w->h_stride;
+  w->widened = widen ? (float *)(w->h + h_bytes) : NULL;
   MS_TRY(ms_buffer_grow(&memory->scratch,
                         w->threads * (int64_t)(TASK_ROWS * ACC_STRIDE * sizeof(float)),
                         "accumulators", err));
@@ -266,12 +277,12 @@ ms_status ms_ffn(ms_batch *batch, const ms_experts *experts, ms_threads *threads
                    "experts: got num_experts=%d, d_model=%lld, expected %d, %lld as routed",
                    spec->E, (long long)spec->D, batch->E, (long long)batch->D);
   const ms_kernels *kernels = ms_kernels_get();
+  bool dot = kernels->tile_dot && batch->dtype == MS_BF16 && spec->storage == MS_BF16;
   wave w = {.batch = batch,
             .experts = experts,
             .kernels = kernels,
-            .tile = spec->storage == MS_F32    ? kernels->tile_f32
-                    : spec->storage == MS_BF16 ? kernels->tile_bf16
-                                               : kernels->tile_f16,
+            .tile = dot ? kernels->tile_dot : kernels->tile[spec->storage],
+            .dot = dot,
             .k_bytes = MS_PANEL * ms_dtype_size(spec->storage),
             .threads = ms_threads_count(threads)};
   MS_TRY(reserve(&w, batch, err));
@@ -279,7 +290,7 @@ ms_status ms_ffn(ms_batch *batch, const ms_experts *experts, ms_threads *threads
   while (next_wave(&w, &expert)) {
     MS_TRY(plan_tasks(&w, batch, err));
     point_rows(&w);
-    if (batch->dtype != MS_F32) ms_threads_run(threads, w.rows, run_widen, &w);
+    if (w.widened) ms_threads_run(threads, w.rows, run_widen, &w);
     ms_threads_run(threads, w.first_tasks, run_first, &w);
     ms_threads_run(threads, w.all_tasks - w.first_tasks, run_second, &w);
   }

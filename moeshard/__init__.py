@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .launcher import Ranks, launch, worker_state
     from .layer import ShardedExperts
     from .plans import Plan
+    from .profiles import Profile, profile
     from .reports import Report, report
 
 __version__ = _core.__version__
@@ -59,6 +60,7 @@ __all__ = [
     "PackedExperts",
     "PeerError",
     "Plan",
+    "Profile",
     "RangeError",
     "RankLost",
     "RankMismatch",
@@ -70,6 +72,7 @@ __all__ = [
     "init",
     "launch",
     "pack",
+    "profile",
     "register_adapter",
     "report",
     "shard",
@@ -88,6 +91,7 @@ _ROOMS = {
     "launcher": ("Ranks", "launch", "worker_state"),
     "layer": ("ShardedExperts",),
     "plans": ("Plan",),
+    "profiles": ("Profile", "profile"),
     "reports": ("Report", "report"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}

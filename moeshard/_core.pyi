@@ -13,6 +13,7 @@ class SupportsDLPack(Protocol):
     def __dlpack_device__(self) -> tuple[Any, Any]: ...
 
 DType = Literal["float32", "bfloat16", "float16"]
+Storage = Literal["float32", "bfloat16", "float16", "int8"]  # of packed weights
 Activation = Literal["identity", "relu", "gelu", "gelu_tanh", "silu"]
 
 __version__: Final[str]
@@ -74,7 +75,7 @@ class PackedExperts:
         columns: ArrayLike,  # [E, 2], this rank's
         d_model: int,
         d_ff: int,
-        dtype: DType,
+        dtype: Storage,
         activation: Activation,
         gated: bool,
         b_in: bool,
@@ -98,6 +99,7 @@ class PackedExperts:
         b_in: SupportsDLPack | None = None,
         b_out: SupportsDLPack | None = None,
     ) -> None: ...
+    def release(self, expert: int, /) -> None: ...
     @property
     def nbytes(self) -> int: ...
     @property
@@ -109,7 +111,7 @@ class PackedExperts:
     @property
     def d_ff(self) -> int: ...
     @property
-    def dtype(self) -> DType: ...
+    def dtype(self) -> Storage: ...
     @property
     def activation(self) -> Activation: ...
     @property
@@ -155,6 +157,8 @@ class Batch:
     def tokens_per_rank(self) -> NDArray[np.int64]: ...  # [R]
     @property
     def shape(self) -> tuple[int, int, int]: ...  # (T, D, K)
+    @property
+    def dtype(self) -> DType: ...  # of hidden_states
     @property
     def nbytes(self) -> int: ...
 

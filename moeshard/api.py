@@ -3,25 +3,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from . import _core
 from .adapters import Adapter, Capacity, find_adapter, looks_like_moe
-from .experts import ExpertWeights, Sizes, dtype_name
+from .experts import ExpertWeights, Sizes, storage_name
 from .group import Group, init
+from .interrupts import interrupts_put_off
 from .layer import ShardedExperts, is_replicated
 from .plans import Plan, PlanChoice, plan_for
+from .streaming import Load, allocate, empty, pack_and_free, unpack_and_free
 
 if TYPE_CHECKING:
-    from ._core import DType
+    from ._core import Storage
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -40,7 +40,7 @@ class Site:
     weights: ExpertWeights
     sizes: Sizes
     plan: Plan
-    dtype: DType
+    dtype: Storage
 
 
 @dataclass
@@ -50,6 +50,7 @@ class Original:
     block: nn.Module
     adapter: Adapter
     experts: ShardedExperts
+    parameters: Sequence[nn.Parameter]
     shapes: list[torch.Size]
 
 
@@ -69,17 +70,26 @@ def shard(
     it equally often (``generate`` too: the same number of steps), each with any number of tokens. Each rank keeps its
     share of the experts, the originals are freed.
 
+    Memory: weights are packed expert by expert, and each original is freed before the next is packed. So a rank needs
+    one expert (and about 40 MiB) beside the model, not a second copy; where the model keeps a layer's experts in one
+    tensor, one layer; and with a wider ``dtype`` what the packed weights take more than the originals.
+
+    Interrupts: a Ctrl-C while the model is checked leaves it as it was. Once originals go there is no way back, so from
+    then on Ctrl-C takes effect when ``model`` is sharded, and it can be used then (unless it is itself a MoE block: the
+    module that takes its place was not returned). A rank that dies meanwhile closes the group, as in a forward pass.
+
     Args:
         model: a HuggingFace model (or any module that holds MoE blocks of a known class) in eval mode, with the same
             weights on every rank; on the CPU, or on this rank's CUDA device, which then runs the layers.
         group: the ranks. ``None``: :func:`moeshard.init`.
         plan: the layout of each MoE layer. ``"auto"``, ``"shard"``: every expert over every rank;
             ``"expert_parallel"``: each expert whole on one rank; or a :class:`moeshard.Plan`.
-        dtype: storage of the experts: ``"float32"``, ``"bfloat16"``, ``"float16"`` or torch's. ``None``: as it is.
+        dtype: storage of the experts: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"int8"`` (weights within half a
+            scale, see ``docs/numerics.md``) or torch's. ``None``: as it is.
         tokens: ``"local"``: each rank has its own batch; ``"replicated"``: all ranks hold the same.
         capacity: ``"model"``: tokens are dropped as the installed transformers version does; ``None``: never;
             an int: the model's rule with this capacity.
-        progress: show a progress bar on rank 0, if tqdm is installed.
+        progress: show a progress bar over the experts on rank 0, if tqdm is installed.
 
     Returns:
         The model. Only if ``model`` is itself a MoE block, another module.
@@ -102,23 +112,24 @@ def shard(
             replicated = is_replicated(tokens)
             _check_capacity(capacity)
             sites = _sites(model, group, plan, dtype)
-        group.agree(_facts(sites, tokens, capacity))
-        with group.all_or_none():
-            packed = [
-                site.weights.pack(site.plan.columns[group.rank], site.sizes, site.dtype)
-                for site in _with_progress(sites, progress and group.rank == 0)
-            ]
-        for site, columns in zip(sites, packed, strict=True):
-            layer = ShardedExperts(columns, site.plan, group, layer=group.new_layer(), replicated=replicated)
-            replacement = _replace(site, layer, capacity)
-            if not site.places:
-                model = replacement  # type: ignore[assignment]
-    _return_freed_memory()
+            facts = _facts(sites, tokens, capacity)
+        group.agree(facts)
+        with interrupts_put_off():
+            model, loads = _replace(model, sites, group, capacity, replicated)
+            sites.clear()  # they would keep the originals
+            try:
+                pack_and_free(loads, progress and group.rank == 0)
+            except BaseException:  # nothing in there fails; the handler of a signal may raise
+                group.close()  # so that experts that are not packed are never called
+                raise
     return model
 
 
 def unshard(model: Model) -> Model:
     """Put the original MoE blocks back, with their weights. Collective.
+
+    Memory: expert by expert, each one's packed weights freed before the next is filled, so that a rank needs one expert
+    (and about 40 MiB) beside the whole model. Ctrl-C takes effect when the model is whole.
 
     Args:
         model: what :func:`moeshard.shard` returned, on every rank of its group.
@@ -128,7 +139,8 @@ def unshard(model: Model) -> Model:
 
     Raises:
         ArgumentError: the model is not sharded.
-        CommError: a rank is lost or failed: the model stays sharded.
+        CommError: a rank failed (PeerError; there its own error) or is lost. The model stays sharded, on all ranks:
+            after PeerError it works and ``unshard`` can be called again; after a loss the group is closed.
 
     Example:
         >>> model = moeshard.unshard(moeshard.shard(model))  # doctest: +SKIP
@@ -137,23 +149,25 @@ def unshard(model: Model) -> Model:
     if not sharded:
         raise _core.ArgumentError("model: it is not sharded")
     group = sharded[0][1].experts.group
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), interrupts_put_off():
+        back: list[Load] = []
         try:
-            for _, original in sharded:
-                with group.all_or_none():
-                    _allocate(original)
-                _collect(original)
+            with group.all_or_none():
+                for _, original in sharded:
+                    allocate(original.parameters, original.shapes)
+                weights = [original.adapter.weights(original.block) for _, original in sharded]
+            for (_, original), destination in zip(sharded, weights, strict=True):
+                back.append(Load(original.experts.packed, [], original.parameters))
+                unpack_and_free(original.experts, destination, back[-1])
             group.barrier()
         except BaseException:
+            pack_and_free(back, shown=False)  # no bit is lost: what came out goes in again
             for _, original in sharded:
-                _free(original.adapter.parameters(original.block))
+                empty(original.parameters)
             raise
         for places, original in sharded:
             original.adapter.restore(original.block)
-            for parent, attribute in places:
-                setattr(parent, attribute, original.block)
-            if not places:
-                model = original.block  # type: ignore[assignment]
+            model = _put(model, places, original.block)
     return model
 
 
@@ -211,7 +225,7 @@ def _site(
     except _core.MoeshardError as error:
         raise type(error)(f"{where}: {error}") from error
     return Site(
-        name, places, block, adapter, weights, sizes, table, sizes.dtype if dtype is None else dtype_name(dtype)
+        name, places, block, adapter, weights, sizes, table, sizes.dtype if dtype is None else storage_name(dtype)
     )
 
 
@@ -273,28 +287,36 @@ def _sample(weights: ExpertWeights) -> str:
     return digest.hexdigest()
 
 
-def _with_progress(sites: Sequence[Site], shown: bool) -> Iterable[Site]:
-    if shown:
-        with contextlib.suppress(ImportError):
-            from tqdm import tqdm  # type: ignore[import-untyped]
-
-            return cast("Iterable[Site]", tqdm(sites, desc="moeshard: packing experts", unit="layer"))
-    return sites
-
-
-def _replace(site: Site, layer: ShardedExperts, capacity: Capacity) -> nn.Module:
-    """Swap one block and free its experts."""
-    replacement = site.adapter.build(site.block, layer, capacity).eval()
-    for hooks in _HOOKS:
-        setattr(replacement, hooks, getattr(site.block, hooks))
-    parameters = site.adapter.parameters(site.block)
-    replacement.moeshard_original = Original(  # type: ignore[assignment]
-        site.block, site.adapter, layer, [parameter.shape for parameter in parameters]
-    )
-    for parent, attribute in site.places:
-        setattr(parent, attribute, replacement)
-    _free(parameters)
-    return replacement
+def _replace(
+    model: Model, sites: Sequence[Site], group: Group, capacity: Capacity, replicated: bool
+) -> tuple[Model, list[Load]]:
+    """Put a replacement in the place of every block, its experts still to be packed; on all ranks or on none."""
+    layers = [group.new_layer() for _ in sites]  # the same number on all ranks, whatever happens
+    built: list[Site] = []
+    loads = []
+    sharded = model
+    try:
+        with group.all_or_none():
+            for site, layer in zip(sites, layers, strict=True):
+                packed = site.weights.reserve(site.plan.columns[group.rank], site.sizes, site.dtype)
+                parameters = site.adapter.parameters(site.block)
+                loads.append(Load.prepare(site.weights, site.sizes, packed, parameters))
+                experts = ShardedExperts(packed, site.plan, group, layer=layer, replicated=replicated)
+                replacement = site.adapter.build(site.block, experts, capacity)
+                built.append(site)
+                for hooks in _HOOKS:
+                    setattr(replacement, hooks, getattr(site.block, hooks))
+                shapes = [parameter.shape for parameter in parameters]
+                replacement.moeshard_original = Original(  # type: ignore[assignment]
+                    site.block, site.adapter, experts, parameters, shapes
+                )
+                sharded = _put(sharded, site.places, replacement.eval())
+    except BaseException:
+        for site in built:
+            _put(model, site.places, site.block)
+            site.adapter.restore(site.block)
+        raise
+    return sharded, loads
 
 
 # The user's hooks on a block (recording activations, for example) go on working.
@@ -307,55 +329,8 @@ _HOOKS = (
 )
 
 
-def _free(parameters: Sequence[nn.Parameter]) -> None:
-    for parameter in parameters:
-        parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-
-
-def _allocate(original: Original) -> None:
-    for parameter, shape in zip(original.adapter.parameters(original.block), original.shapes, strict=True):
-        parameter.data = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
-
-
-def _collect(original: Original) -> None:
-    """Fill the block's weights with every rank's columns, expert by expert."""
-    experts, packed = original.experts, original.experts.packed
-    weights = original.adapter.weights(original.block)
-    dtype = getattr(torch, packed.dtype)
-    halves = 2 if packed.gated else 1
-    for expert in range(packed.num_experts):
-        columns = [slice(*span) for span in experts.plan.columns[:, expert].tolist()]
-        own = columns[experts.group.rank]
-        width = own.stop - own.start
-        w_in = torch.empty(halves * width, packed.d_model, dtype=dtype)
-        w_out = torch.empty(packed.d_model, width, dtype=dtype)
-        b_in = torch.empty(halves * width) if weights.b_in is not None else None
-        b_out = torch.empty(packed.d_model) if weights.b_out is not None else None
-        packed.unpack(expert, w_in, w_out, b_in, b_out)
-        target = weights.w_in[expert].unflatten(0, (halves, packed.d_ff))
-        for span, rows in zip(columns, _from_all(experts.group, w_in), strict=True):
-            target[:, span] = rows.view(halves, len(rows) // halves, packed.d_model)
-        for span, rows in zip(columns, _from_all(experts.group, w_out.T.contiguous()), strict=True):
-            weights.w_out[expert][:, span] = rows.T
-        if weights.b_in is not None and b_in is not None:
-            target = weights.b_in[expert].unflatten(0, (halves, packed.d_ff))
-            for span, rows in zip(columns, _from_all(experts.group, b_in.unsqueeze(1)), strict=True):
-                target[:, span] = rows.view(halves, len(rows) // halves)
-        if weights.b_out is not None and b_out is not None:
-            first = next(rank for rank, span in enumerate(columns) if span.start == 0 < span.stop)
-            weights.b_out[expert].copy_(_from_all(experts.group, b_out.unsqueeze(0))[first][0])
-
-
-def _from_all(group: Group, rows: torch.Tensor) -> list[torch.Tensor]:
-    """Every rank's rows."""
-    return [torch.from_numpy(words).view(rows.dtype) for words in group.gather_rows(rows)]
-
-
-def _return_freed_memory() -> None:
-    """Give freed weights back to the system.
-
-    glibc raises the size above which it does so by itself (to 32 MiB at most) with each block that is freed: of a model
-    of 252 MiB that had been converted, 234 stayed with the process.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+def _put(model: Model, places: Places, module: nn.Module) -> Model:
+    """Hang a module where another was, and return the model: the module itself, if the other was the model."""
+    for parent, attribute in places:
+        setattr(parent, attribute, module)
+    return model if places else module  # type: ignore[return-value]

@@ -5,7 +5,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import __version__, demo, doctor
+from . import __version__, bench, demo, doctor
+from .bench import encoder
 from .errors import MoeshardError
 
 
@@ -16,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: words of the command line; ``None``: those of the process.
 
     Returns:
-        The exit status: 0 for success, 1 if the demo's outputs differ from HuggingFace's or something failed.
+        The exit status: 0 for success, 1 if an output of the demo or of the benchmark is wrong or something failed.
 
     Raises:
         SystemExit: 2 for a bad option, with its message on standard error; 0 after ``--help``.
@@ -33,6 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands.add_parser("demo", help=demo.SUMMARY, description=demo.SUMMARY)
     demo.add_options(command)
     command.set_defaults(run=demo.run)
+
+    command = commands.add_parser("bench", help=bench.SUMMARY, description=bench.SUMMARY)
+    bench.add_options(command)
+    command.set_defaults(run=bench.run)
+    command = command.add_subparsers(title="another benchmark").add_parser(
+        "encoder", help=encoder.SUMMARY, description=encoder.SUMMARY
+    )
+    encoder.add_options(command)
+    command.set_defaults(run=encoder.run)
 
     summary = "say what moeshard finds on this machine"
     command = commands.add_parser("doctor", help=summary, description=summary)

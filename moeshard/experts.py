@@ -15,9 +15,10 @@ from . import _core
 
 if TYPE_CHECKING:
     from . import _cuda
-    from ._core import Activation, DType
+    from ._core import Activation, DType, Storage
 
 DTYPES = ("float32", "bfloat16", "float16")
+STORAGES = (*DTYPES, "int8")
 KINDS = {1: "cpu", 3: "cpu", 11: "cpu", 2: "cuda", 13: "cuda"}  # DLPack device types; 3, 11: pinned, 13: managed
 ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu")
 
@@ -33,6 +34,9 @@ class Stack(Protocol):
 
     def __getitem__(self, expert: int, /) -> Any:
         """The tensor of one expert."""
+
+
+Tensors = tuple[Any, Any, Any, Any]  # w_in, w_out, b_in, b_out of one expert; a bias that does not exist is None
 
 
 @dataclass(frozen=True)
@@ -101,8 +105,10 @@ class ExpertWeights:
                     raise _core.ArgumentError(f"{name}[{expert}]: expected it on {device} as w_in[0], it is on {place}")
         return sizes
 
-    def pack(self, columns: NDArray[np.int64], sizes: Sizes, dtype: DType) -> PackedColumns:
-        """Pack one rank's columns.
+    def reserve(self, columns: NDArray[np.int64], sizes: Sizes, dtype: Storage) -> PackedColumns:
+        """Room for one rank's columns where the weights are, nothing packed yet.
+
+        On the CPU a page gets memory when its first weight is packed.
 
         Args:
             columns: ``[E, 2]``, this rank's row of the plan.
@@ -110,9 +116,9 @@ class ExpertWeights:
             dtype: storage of the packed weights.
 
         Returns:
-            The packed experts, on the device of the weights; memory for this rank's columns only.
+            Experts that must not be called before each has been packed.
         """
-        packed = _engine_of(sizes.device)(
+        return _engine_of(sizes.device)(
             columns=columns,
             d_model=sizes.d_model,
             d_ff=sizes.d_ff,
@@ -122,12 +128,28 @@ class ExpertWeights:
             b_in=self.b_in is not None,
             b_out=self.b_out is not None,
         )
+
+    def of(self, expert: int) -> Tensors:
+        """One expert's tensors, without autograd: what ``PackedExperts.pack`` takes."""
+        w_in, w_out, b_in, b_out = (
+            None if stack is None else _plain(stack[expert]) for stack in (self.w_in, self.w_out, self.b_in, self.b_out)
+        )
+        return w_in, w_out, b_in, b_out
+
+    def pack(self, columns: NDArray[np.int64], sizes: Sizes, dtype: Storage) -> PackedColumns:
+        """Pack one rank's columns. The originals stay: this takes the memory of the columns, and nothing else.
+
+        Args:
+            columns: ``[E, 2]``, this rank's row of the plan.
+            sizes: what :meth:`sizes` returned.
+            dtype: storage of the packed weights.
+
+        Returns:
+            The packed experts.
+        """
+        packed = self.reserve(columns, sizes, dtype)
         for expert in range(sizes.num_experts):
-            tensors = (
-                None if stack is None else _plain(stack[expert])
-                for stack in (self.w_in, self.w_out, self.b_in, self.b_out)
-            )
-            packed.pack(expert, *cast("tuple[Any, Any, Any, Any]", tuple(tensors)))
+            packed.pack(expert, *self.of(expert))
         return packed
 
 
@@ -158,12 +180,12 @@ def _engine_of(device: str) -> Callable[..., PackedColumns]:
     return packed
 
 
-def dtype_name(dtype: object) -> DType:
-    """The name of a dtype given as ``"bfloat16"``, ``torch.bfloat16`` or ``numpy.float32``."""
+def storage_name(dtype: object) -> Storage:
+    """The name of a storage given as ``"bfloat16"``, ``torch.bfloat16`` or ``numpy.int8``."""
     name = str(getattr(dtype, "__name__", dtype)).removeprefix("torch.")
-    if name not in DTYPES:
-        raise _core.DTypeError(f"dtype: expected {', '.join(DTYPES)}, got {dtype!r}")
-    return cast("DType", name)
+    if name not in STORAGES:
+        raise _core.DTypeError(f"dtype: expected {', '.join(STORAGES)}, got {dtype!r}")
+    return cast("Storage", name)
 
 
 def _plain(tensor: Any) -> Any:

@@ -6,19 +6,19 @@ from __future__ import annotations
 import math
 import sys
 import threading
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
 from . import _core
 from .cuda import extension
-from .experts import ExpertWeights, PackedColumns, Stack, describe, dtype_name
+from .experts import ExpertWeights, PackedColumns, Stack, describe, storage_name
 from .plans import Plan
 from .threads import use_threads
 
 if TYPE_CHECKING:
     from . import _cuda
-    from ._core import Activation, DType, SupportsDLPack
+    from ._core import Activation, DType, Storage, SupportsDLPack
 
 Tensor = TypeVar("Tensor", bound="SupportsDLPack")
 
@@ -47,7 +47,7 @@ class PackedExperts:
         self.num_experts = packed.num_experts
         self.d_model = packed.d_model
         self.d_ff = packed.d_ff
-        self.dtype: DType = packed.dtype
+        self.dtype: Storage = packed.dtype
         self.nbytes = packed.nbytes
 
     def __call__(
@@ -83,7 +83,7 @@ class PackedExperts:
             _rows("top_k_weights", top_k_weights, self.device),
         )
         if out is None:
-            memory: Any = self._run.empty(rows, shape, dtype_name(dtype))
+            memory: Any = self._run.empty(rows, shape, cast("DType", dtype))
         else:
             memory = without_grad("out", out)
             if _shape(out) != _shape(hidden) or not describe("out", memory, self.device)[2]:
@@ -121,10 +121,12 @@ def pack(
         gated: ``y = act(x W_gate^T) * (x W_up^T)``.
         b_in: ``[E, F]`` (gated: ``[E, 2F]``) or ``None``.
         b_out: ``[E, D]`` or ``None``.
-        dtype: storage, ``"float32"``, ``"bfloat16"`` or ``"float16"`` (or torch's and NumPy's). ``None``: as ``w_in``.
+        dtype: storage, ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"int8"`` (or torch's and NumPy's). int8 keeps
+            each row of ``w_in`` and ``w_out`` as integers times its largest magnitude / 127. ``None``: as ``w_in``.
 
     Returns:
-        The packed experts, where the weights are. The originals are not needed any more.
+        The packed experts, where the weights are: a copy of them in ``dtype``, beside the originals, which are not
+        needed any more.
 
     Raises:
         ShapeError: a shape that does not fit the others.
@@ -139,7 +141,7 @@ def pack(
     weights = ExpertWeights(w_in, w_out, b_in, b_out, activation, gated)
     sizes = weights.sizes()
     columns = Plan.shard(1, sizes.num_experts, sizes.d_ff).columns[0]
-    return PackedExperts(weights.pack(columns, sizes, sizes.dtype if dtype is None else dtype_name(dtype)))
+    return PackedExperts(weights.pack(columns, sizes, sizes.dtype if dtype is None else storage_name(dtype)))
 
 
 def fused_experts(

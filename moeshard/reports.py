@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -11,14 +10,15 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _core
 from .plans import Plan
+from .tables import Tabular, percent
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from torch import nn
 
-_COLUMNS = ("layer", "experts", "tokens", "dropped", "hottest expert", "share of work", "expert parallel", "memory")
+    from .layer import ShardedExperts
+
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True, eq=False)
-class Report:
+class Report(Tabular):
     """What a sharded model did so far. Prints as a table, in a notebook as HTML, with rich as a rich table.
 
     Attributes:
@@ -76,6 +76,8 @@ class Report:
     layers: tuple[LayerReport, ...]
     rank: int
     ranks: int
+
+    columns = ("layer", "experts", "tokens", "dropped", "hottest expert", "share of work", "expert parallel", "memory")
 
     @property
     def share_of_work(self) -> NDArray[np.float64]:
@@ -97,37 +99,12 @@ class Report:
             "layers": [layer.to_dict() for layer in self.layers],
         }
 
-    def __str__(self) -> str:
-        """Format as a plain-text table."""
-        rows = [_COLUMNS, *self._rows()]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([self._title(), *lines])
-
-    def _repr_html_(self) -> str:
-        head, *body = (
-            "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
-            for tag, row in (("th", _COLUMNS), *(("td", row) for row in self._rows()))
-        )
-        rows = "".join(f"<tr>{row}</tr>" for row in body)
-        return (
-            f"<table><caption>{html.escape(self._title())}</caption>"
-            f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-        )
-
-    def __rich__(self) -> Table:
-        """Format as a rich table."""
-        from rich.table import Table
-
-        table = Table(*_COLUMNS, title=self._title())
-        for row in self._rows():
-            table.add_row(*row)
-        return table
-
-    def _title(self) -> str:
+    def title(self) -> str:
+        """How much was sharded."""
         return f"moeshard: {len(self.layers)} MoE layers on {self.ranks} rank{'s' * (self.ranks > 1)}"
 
-    def _rows(self) -> Iterator[tuple[str, ...]]:
+    def cells(self) -> Iterator[tuple[str, ...]]:
+        """One row a layer."""
         for layer in self.layers:
             routed = layer.slots - layer.dropped
             hottest = int(layer.histogram.argmax())
@@ -137,8 +114,8 @@ class Report:
                 f"{layer.slots:,}",
                 f"{layer.dropped:,}",
                 f"{hottest}: {layer.histogram[hottest] / routed:.0%}" if routed else "none",
-                _percent(layer.share_of_work),
-                _percent(layer.share_of_work_expert_parallel),
+                percent(layer.share_of_work),
+                percent(layer.share_of_work_expert_parallel),
                 f"{layer.nbytes / 2**20:.1f} of {layer.nbytes_all / 2**20:.1f} MiB",
             )
 
@@ -158,21 +135,19 @@ def report(model: nn.Module) -> Report:
     Example:
         >>> print(moeshard.report(model))  # doctest: +SKIP
     """
-    from .layer import ShardedExperts
+    from .layer import sharded_layers
 
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, ShardedExperts)]
-    if not layers:
-        raise _core.ArgumentError("model: it is not sharded, call moeshard.shard(model) first")
+    layers = sharded_layers(model)
     group = layers[0][1].group
     return Report(tuple(_layer(name, layer) for name, layer in layers), group.rank, group.size)
 
 
-def _layer(name: str, layer: Any) -> LayerReport:
+def _layer(name: str, layer: ShardedExperts) -> LayerReport:
     plan, packed = layer.plan, layer.packed
-    element = {"float32": 4, "bfloat16": 2, "float16": 2}[packed.dtype]
+    element = ELEMENT_BYTES[packed.dtype]
     matrices = 3 if packed.gated else 2
     return LayerReport(
-        name=name.removesuffix(".experts"),
+        name=name,
         plan=plan,
         slots=layer.slots,
         dropped=layer.slots - int(layer.counts.sum()),
@@ -191,7 +166,3 @@ def _expert_parallel(plan: Plan) -> Plan:
 def _whole(work: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
     total = np.sum(work, axis=0)
     return cast("NDArray[np.float64]", total / total.sum() if total.sum() else total)
-
-
-def _percent(shares: NDArray[np.float64]) -> str:
-    return " ".join(f"{share:.0%}" for share in shares)

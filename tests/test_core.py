@@ -61,7 +61,9 @@ def test_examples_in_the_docstrings_run():
 def test_the_stub_is_what_the_extension_is(tmp_path):
     pytest.importorskip("mypy")
     only_in_stub = tmp_path / "only_in_stub"  # __buffer__ can be seen from Python 3.12 on
-    only_in_stub.write_text("moeshard._core.DType\nmoeshard._core.Activation\n(moeshard._core.Tensor.__buffer__)?\n")
+    only_in_stub.write_text(
+        "moeshard._core.DType\nmoeshard._core.Storage\nmoeshard._core.Activation\n(moeshard._core.Tensor.__buffer__)?\n"
+    )
     config = tmp_path / "mypy.ini"  # the rest of the package leads to torch, which takes a minute to read
     config.write_text("[mypy]\n[mypy-torch.*,transformers.*]\nfollow_imports = skip\n")
     command = [sys.executable, "-m", "mypy.stubtest", "moeshard._core"]

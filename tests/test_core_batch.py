@@ -89,7 +89,7 @@ def test_nothing_is_a_legal_amount(dtype, shape):
         out,
         batch,
     )
-    assert batch.shape == shape and batch.counts().tolist() == [0, 0]
+    assert (batch.shape, batch.dtype) == (shape, dtype) and batch.counts().tolist() == [0, 0]
     if dtype == "float32":
         assert (np.from_dlpack(out) == 0).all()
     else:

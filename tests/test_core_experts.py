@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """_core.PackedExperts: what goes in, comes back, and is refused. Needs no torch."""
 
+import os
 import sys
 
 import numpy as np
@@ -44,6 +45,51 @@ def test_what_was_packed_comes_back_bit_for_bit(dtype, gated, columns):
             assert (words_of(found) == words(np.ascontiguousarray(right), dtype)).all()
     assert (bias[0] == b_in[:, start:stop].ravel()).all()
     assert (bias[1] == (b_out if width and start == 0 else 0)).all()
+
+
+def test_a_released_expert_gives_its_memory_back_and_can_be_packed_again():
+    packed = experts([[0, 1024]] * 3, 512, 1024)
+    for expert in range(3):
+        packed.pack(expert, normal(1024, 512, seed=expert), normal(512, 1024, seed=expert))
+    before = resident()
+    packed.release(1)
+    assert before - resident() >= 0.99 * packed.nbytes / 3
+    found = np.empty((1024, 512), np.float32)
+    for expert in (0, 2):
+        packed.unpack(expert, found)
+        assert (found == normal(1024, 512, seed=expert)).all()
+    packed.pack(1, normal(1024, 512, seed=1), normal(512, 1024, seed=1))
+    packed.unpack(1, found)
+    assert (found == normal(1024, 512, seed=1)).all()
+    with pytest.raises(ArgumentError, match="expert: got 3, expected 0 to 2"):
+        packed.release(3)
+
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("source", EPS)
+def test_int8_comes_back_within_half_a_scale(source):
+    start, stop = 4, 17
+    w_in, w_out = (as_tensor(normal(*shape), source) for shape in ((21, 19), (19, 21)))
+    read = experts([[start, stop]], 19, 21)  # the sources' values in float32
+    packed = experts([[start, stop]], 19, 21, "int8")
+    for each in (read, packed):
+        each.pack(0, w_in, w_out)
+    right, found = ([np.empty((13, 19), np.float32), np.empty((19, 13), np.float32)] for _ in range(2))
+    read.unpack(0, *right)
+    packed.unpack(0, *found)
+    for a, b in zip(right, found, strict=True):
+        scale = np.abs(a).max(1, keepdims=True) / 127  # of this rank's columns
+        assert (np.abs(a - b) <= scale * (0.5 + 127 * 2.0**-23)).all()  # 127: two roundings in float32
+
+
+def test_int8_is_unpacked_to_float32_only():
+    packed = experts([[0, 3]], 4, 3, "int8")
+    with pytest.raises(DTypeError, match="w_in: got int8, expected float32"):
+        packed.unpack(0, np.empty((3, 4), np.int8))
 
 
 def test_a_slice_packs_as_the_whole():
@@ -107,7 +153,7 @@ def test_experts_without_columns_take_no_memory():
         pytest.param({"d_model": 0}, ArgumentError, "d_model=0, d_ff=4: expected at least 1", id="d_model"),
         pytest.param({"d_ff": 2**40}, ArgumentError, "d_ff=1099511627776: expected less than", id="d_ff"),
         pytest.param(
-            {"dtype": "int8"}, DTypeError, "dtype: got 'int8', expected float32, bfloat16 or float16", id="dtype"
+            {"dtype": "int4"}, DTypeError, "dtype: got 'int4', expected float32, bfloat16, float16 or int8", id="dtype"
         ),
         pytest.param(
             {"activation": "swish"},

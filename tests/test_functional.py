@@ -78,21 +78,88 @@ def test_float32_error_at_the_real_size():
     assert relative_error(out, experts_reference(*arguments(case))) <= 2e-6
 
 
+def torch_experts(hidden, index, weights, w_in, w_out, activation, gated):
+    """The layer in torch, every operation in the tensors' own dtype."""
+    act = {"relu": torch.relu, "silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu}[activation]
+    out = torch.zeros_like(hidden)
+    for choice in range(index.shape[1]):
+        for t, e in enumerate(index[:, choice]):
+            h = hidden[t] @ w_in[e].T
+            h = act(h[: len(h) // 2]) * h[len(h) // 2 :] if gated else act(h)
+            out[t] += h @ w_out[e].T * weights[t, choice]
+    return out
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_16_bit_error_is_at_most_one_and_a_half_times_torchs(dtype):
-    case = layer_case(96, 128, 256, 3, 1)
+@pytest.mark.parametrize(
+    ("sizes", "kind"),
+    [
+        pytest.param((96, 128, 256, 3, 1), {"activation": "relu", "gated": False}, id="relu"),
+        pytest.param((50, 37, 70, 3, 2), {"activation": "gelu", "gated": False}, id="odd-d_model"),
+        pytest.param((50, 64, 51, 3, 1), {"activation": "silu", "gated": True}, id="odd-d_ff"),
+        pytest.param((24, 640, 640, 8, 4), {"activation": "silu", "gated": True}, id="640-gated-top-4"),
+        pytest.param((16, 768, 3072, 2, 1), {"activation": "relu", "gated": False}, id="768x3072"),
+    ],
+)
+def test_16_bit_error_is_at_most_one_and_a_half_times_torchs(sizes, kind, dtype):
+    case = layer_case(*sizes, gated=kind["gated"])
     hidden, index, weights, w_in, w_out = (
         tensor if tensor.dtype == torch.int64 else tensor.to(dtype) for tensor in arguments(case, torch.from_numpy)
     )
     expected = experts_reference(
-        *(x.double() if x.is_floating_point() else x for x in (hidden, index, weights, w_in, w_out))
+        *(x.double() if x.is_floating_point() else x for x in (hidden, index, weights, w_in, w_out)), **kind
     )
-    naive = torch.stack(
-        [torch.relu(x @ w_in[e].T) @ w_out[e].T * w for x, (e,), (w,) in zip(hidden, index, weights, strict=True)]
-    )
-    out = moeshard.fused_experts(hidden, index, weights, w_in, w_out)
+    naive = torch_experts(hidden, index, weights, w_in, w_out, **kind)
+    out = moeshard.fused_experts(hidden, index, weights, w_in, w_out, **kind)
     assert out.dtype == dtype
     assert relative_error(out.double(), expected) <= 1.5 * relative_error(naive.double(), expected)
+
+
+def kept_as_int8(weights):
+    """What int8 storage keeps of ``[E, rows, K]``: integers times a scale of each row, float64."""
+    scale = np.abs(weights.astype(np.float64)).max(-1, keepdims=True) / 127
+    return np.rint(weights / scale) * scale
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_int8_storage_computes_with_integers_times_scales(activation, gated):
+    case = layer_case(40, 37, 51, 3, 2, gated=gated, bias=True)
+    kind = {"activation": activation, "gated": gated, "b_in": case["b_in"], "b_out": case["b_out"]}
+    packed = moeshard.pack(case["w_in"], case["w_out"], dtype=np.int8, **kind)
+    assert packed.dtype == "int8"
+    hidden, index, weights, w_in, w_out = arguments(case)
+    expected = experts_reference(hidden, index, weights, kept_as_int8(w_in), kept_as_int8(w_out), **kind)
+    assert relative_error(packed(hidden, index, weights), expected) < 2e-6
+
+
+def test_int8_storage_takes_a_quarter_of_the_memory():
+    case = layer_case(1, 256, 512, 3, 1)
+    sizes = {dtype: moeshard.pack(case["w_in"], case["w_out"], dtype=dtype).nbytes for dtype in ("float32", "int8")}
+    assert sizes["int8"] < 0.27 * sizes["float32"]
+
+
+def test_int8_columns_of_zeros_stay_zero_and_one_not_finite_shows():
+    case = layer_case(30, 16, 24, 3, 1)
+    case["w_in"][0] = 0
+    case["w_out"][1, 5] = 0
+    case["w_out"][2, 4, 3] = np.inf
+    hidden, index, weights, w_in, w_out = arguments(case)
+    out = moeshard.pack(w_in, w_out, dtype="int8")(hidden, index, weights)
+    expert = index[:, 0]
+    assert (out[expert == 0] == 0).all() and (out[expert == 1][:, 5] == 0).all()
+    broken = np.zeros_like(out, bool)
+    broken[expert == 2, 4] = True
+    assert (np.isnan(out) == broken).all()
+
+
+def test_a_bfloat16_tokens_bits_do_not_depend_on_its_neighbours():
+    case = layer_case(40, 37, 51, 3, 2)
+    hidden, index, weights, w_in, w_out = arguments(case, torch.from_numpy)
+    packed = moeshard.pack(w_in.bfloat16(), w_out.bfloat16())
+    together = packed(hidden.bfloat16(), index, weights)
+    for t in range(40):
+        assert (packed(hidden[t : t + 1].bfloat16(), index[t : t + 1], weights[t : t + 1]) == together[t]).all()
 
 
 def test_packed_experts_can_be_called_again_with_other_shapes():
@@ -195,8 +262,8 @@ def test_unknown_activation_and_dtype_name_the_known_ones():
     case = layer_case(6, 8, 12, 3, 2)
     with pytest.raises(moeshard.ArgumentError, match="activation.*gelu_tanh.*'swish'"):
         moeshard.pack(case["w_in"], case["w_out"], activation="swish")
-    with pytest.raises(moeshard.DTypeError, match="dtype.*bfloat16.*'int8'"):
-        moeshard.pack(case["w_in"], case["w_out"], dtype="int8")
+    with pytest.raises(moeshard.DTypeError, match="dtype.*bfloat16.*int8.*'int4'"):
+        moeshard.pack(case["w_in"], case["w_out"], dtype="int4")
 
 
 def test_wrong_out_is_refused():

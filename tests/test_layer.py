@@ -326,7 +326,7 @@ def test_bad_options_name_the_accepted_ones(inputs):
     for options, error, message in (
         ({"tokens": "global"}, moeshard.ArgumentError, "tokens.*'local'.*'global'"),
         ({"plan": "ep"}, moeshard.ArgumentError, "plan.*'expert_parallel'.*'ep'"),
-        ({"dtype": torch.int8}, moeshard.DTypeError, "dtype.*bfloat16.*int8"),
+        ({"dtype": torch.int16}, moeshard.DTypeError, "dtype.*bfloat16.*int8.*int16"),
         ({"plan": Plan.shard(2, 3, 12)}, moeshard.ShapeError, r"plan.*\(1, 3, 12\).*\(2, 3, 12\)"),
     ):
         with pytest.raises(error, match=message):

@@ -3,6 +3,7 @@
 
 import gc
 import os
+import signal
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from switch_models import batch, compare, run, switch_model
 from workers import on_ranks
 
 import moeshard
-from moeshard import ExpertWeights, Plan
+from moeshard import ExpertWeights, Plan, api, streaming
+from moeshard.adapters.switch import SwitchAdapter
 
 
 def snapshot(model):
@@ -147,8 +149,10 @@ def failing(group, how):
         options["capacity"] = -1
     if how == "capacity":
         options["capacity"] = 3 + odd
-    if how == "packing" and odd:
-        moeshard.ExpertWeights.pack, pack = _no_memory, moeshard.ExpertWeights.pack
+    place, name = {"packing": (ExpertWeights, "reserve"), "sampling": (api, "_sample")}.get(how, (None, ""))
+    if place and odd:
+        function = getattr(place, name)
+        setattr(place, name, _no_memory)
     before, inputs = snapshot(model), batch(2, 5)
     expected = run(model.eval(), inputs).outputs[0] if not (how == "training" and odd) else None
     try:
@@ -157,8 +161,8 @@ def failing(group, how):
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
     finally:
-        if how == "packing" and odd:
-            moeshard.ExpertWeights.pack = pack
+        if place and odd:
+            setattr(place, name, function)
     works = expected is None or torch.equal(run(model, inputs).outputs[0], expected)
     return said, unchanged(model, before), works
 
@@ -173,6 +177,7 @@ def _no_memory(*arguments):
         ("training", "ArgumentError: .*training mode.*eval", "PeerError: rank 1: ArgumentError: .*training mode"),
         ("option", "ArgumentError: capacity.*-1", "PeerError: rank 1: .*capacity"),
         ("packing", "MemoryError: no memory", "PeerError: rank 1: MemoryError: no memory"),
+        ("sampling", "MemoryError: no memory", "PeerError: rank 1: MemoryError: no memory"),
         ("experts", "RankMismatch: .*layer encoder.*5 experts.*rank 0.*6 experts.*rank 1", None),
         ("dtype", "RankMismatch: .*the dtype of layer.*float16 on rank 0 but bfloat16 on rank 1", None),
         ("plan", "RankMismatch: .*the plan of layer.*on rank 0 but .*on rank 1", None),
@@ -195,7 +200,7 @@ def second_half_fails(group):
     inputs = batch(2, 5)
     expected = run(model, inputs).outputs[0]
     if group.rank == 1:
-        moeshard.api._allocate, allocate = _no_memory, moeshard.api._allocate
+        api.allocate, allocate = _no_memory, api.allocate
     try:
         moeshard.unshard(model)
         said = "nothing"
@@ -203,7 +208,7 @@ def second_half_fails(group):
         said = type(error).__name__
     finally:
         if group.rank == 1:
-            moeshard.api._allocate = allocate
+            api.allocate = allocate
     again = run(model, inputs).outputs[0]
     moeshard.unshard(model)
     return said, torch.equal(again, expected)
@@ -211,6 +216,150 @@ def second_half_fails(group):
 
 def test_a_failed_unshard_leaves_the_model_sharded(workers):
     assert on_ranks(workers, 2, second_half_fails) == [("PeerError", True), ("MemoryError", True)]
+
+
+def building_fails(group):
+    """The second layer's replacement fails on rank 1; then shard again."""
+    model, inputs = switch_model(), batch(2, 5)
+    before, expected = snapshot(model), run(model, inputs)
+    if group.rank == 1:
+        SwitchAdapter.build, build = second_call(SwitchAdapter.build, _no_memory), SwitchAdapter.build
+    try:
+        moeshard.shard(model, group=group, capacity=1, progress=False)
+        said = "nothing"
+    except Exception as error:
+        said = type(error).__name__
+    finally:
+        if group.rank == 1:
+            SwitchAdapter.build = build
+    restored = unchanged(model, before) and torch.equal(run(model, inputs).outputs[0], expected.outputs[0])
+    moeshard.shard(model, group=group, progress=False)  # the ranks still count layers alike
+    return said, restored, compare(expected, run(model, inputs))[0] < 1e-5
+
+
+def second_call(function, instead):
+    """``function``, but ``instead`` the second time."""
+    calls = iter([function, instead])
+    return lambda *arguments: next(calls, function)(*arguments)
+
+
+def test_a_block_that_cannot_be_replaced_undoes_those_that_were(workers):
+    assert on_ranks(workers, 2, building_fails) == [("PeerError", True, True), ("MemoryError", True, True)]
+
+
+class StridedBias(GatedAdapter):
+    """A bias that has the right shape and cannot be packed."""
+
+    def weights(self, block):
+        return ExpertWeights(
+            block.up,
+            block.down.transpose(1, 2),
+            block.up_bias,
+            block.down_bias.repeat(1, 2)[:, ::2],
+            activation="silu",
+            gated=True,
+        )
+
+
+def test_what_cannot_be_packed_is_refused_before_anything_is_freed(monkeypatch):
+    from moeshard import adapters
+
+    monkeypatch.setattr(adapters, "_registered", {GatedBlock: StridedBias()})
+    model = torch.nn.Sequential(GatedBlock()).eval()
+    before = snapshot(model)
+    with pytest.raises(moeshard.ArgumentError, match="b_out.*contiguous"):
+        moeshard.shard(model, progress=False)
+    assert unchanged(model, before)
+
+
+def unshard_fails_midway(group):
+    """Rank 1 fails with the first layer back and the second begun."""
+    model, inputs = switch_model(num_experts=5), batch(2, 5)
+    before = snapshot(model)
+    expected = run(moeshard.shard(model, group=group, progress=False), inputs).outputs[0]
+    if group.rank == 1:
+        calls = iter(range(5 + 3))  # the experts of the first layer, and three more
+        streaming._unpack, unpack = lambda *a: unpack(*a) if next(calls) < 5 + 2 else _no_memory(), streaming._unpack
+    try:
+        moeshard.unshard(model)
+        said = "nothing"
+    except Exception as error:
+        said = type(error).__name__
+    finally:
+        if group.rank == 1:
+            streaming._unpack = unpack
+    sharded = [isinstance(m, moeshard.ShardedExperts) for m in model.modules()].count(True)
+    works = torch.equal(run(model, inputs).outputs[0], expected)
+    return said, sharded, works, unchanged(moeshard.unshard(model), before)
+
+
+def test_an_unshard_that_fails_midway_leaves_the_model_sharded_and_can_be_called_again(workers):
+    assert on_ranks(workers, 2, unshard_fails_midway) == [("PeerError", 2, True, True), ("MemoryError", 2, True, True)]
+
+
+# ---- Ctrl-C -------------------------------------------------------------------------------------------
+
+
+def interrupted(group, call):
+    """Ctrl-C on the last rank, with the first layer packed (or back); what it did, and whether all works."""
+    model, inputs = switch_model(), batch(2, 5)
+    before, expected = snapshot(model), run(model, inputs)
+    if call == "unshard":
+        moeshard.shard(model, group=group, progress=False)
+    here = group.rank == group.size - 1
+    place, name = (streaming, "empty") if call == "shard" else (api, "unpack_and_free")
+    step, ignored = getattr(place, name), signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def press(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        step(*arguments)
+
+    try:
+        if here:
+            setattr(place, name, second_call(step, press))
+        if call == "shard":
+            moeshard.shard(model, group=group, progress=False)
+        else:
+            moeshard.unshard(model)
+        said = "nothing"
+    except KeyboardInterrupt:
+        said = "KeyboardInterrupt"
+    finally:
+        setattr(place, name, step)
+        restored = signal.signal(signal.SIGINT, ignored) is signal.default_int_handler
+    works = compare(expected, run(model, inputs))[0] < 1e-5
+    if call == "shard":
+        moeshard.unshard(model)
+    return said == ("KeyboardInterrupt" if here else "nothing"), restored, works, unchanged(model, before)
+
+
+@pytest.mark.parametrize("call", ["shard", "unshard"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_while_weights_move_takes_effect_when_all_have_moved(workers, ranks, call):
+    here = [interrupted(moeshard.init("one"), call)] if ranks == 1 else None
+    for result in here or on_ranks(workers, ranks, interrupted, call):
+        assert result == (True, True, True, True)
+
+
+def test_ctrl_c_while_the_model_is_checked_changes_nothing(monkeypatch):
+    model = switch_model()
+    before = snapshot(model)
+    monkeypatch.setattr(api, "_check_capacity", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        moeshard.shard(model, progress=False)
+    assert unchanged(model, before)
+
+
+def test_experts_that_were_not_packed_are_never_called(monkeypatch):
+    def handler(*_):
+        raise SystemExit("another signal's handler")
+
+    monkeypatch.setattr(streaming, "empty", second_call(streaming.empty, handler))
+    model, group = switch_model(), moeshard.Group(moeshard._core.exchange_one(), "one")
+    with pytest.raises(SystemExit):
+        moeshard.shard(model, group=group, progress=False)
+    with pytest.raises(moeshard.CommError, match="closed.*loaded anew"):
+        run(model, batch(2, 5))
 
 
 # ---- memory ----------------------------------------------------------------------------------------------
@@ -239,6 +388,61 @@ def test_a_rank_keeps_its_share_of_the_experts_and_the_dense_part(workers):
     for found, expected, packed in on_ranks(workers, 2, memory):
         assert found <= 1.05 * expected, f"{found / 2**20:.0f} MiB resident, {expected / 2**20:.0f} expected"
         assert packed <= expected
+
+
+MIB = 2**20
+# Freed but not returned yet (streaming.py); a huge page at the end of each layer, and buffers.
+SLACK = (32 + 8) * MIB
+EXPERT = 2 * 512 * 1024 * 4  # bytes; 64 of them are 256 MiB, so that one and all are told apart
+
+
+def peak(function):
+    """The most that was resident while ``function`` ran."""
+    gc.collect()
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # VmHWM starts afresh
+    function()
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+
+
+def peaks(kind, second_copy=False):
+    """Bytes above the whole model that were resident at most, in shard and in unshard."""
+    group = moeshard.init()
+    moeshard.unshard(moeshard.shard(switch_model(), group=group, progress=False))  # imports and first-call memory
+    if kind == "switch":
+        sizes = {"num_experts": 64, "d_model": 512, "d_ff": 1024, "num_layers": 2, "num_sparse_encoder_layers": 1}
+        model = switch_model(**sizes).bfloat16().float()  # converted, so that malloc would keep what is freed
+    else:
+        moeshard.register_adapter(GatedBlock, GatedAdapter())
+        model = torch.nn.Sequential(*(GatedBlock(8, 512, 1024) for _ in range(4))).eval()
+    kept = [parameter.detach() for parameter in model.parameters()] if second_copy else []
+    streaming._return_freed_memory()  # of making the model: what is in no use now is no room for what comes
+    start = resident()
+    sharding = peak(lambda: moeshard.shard(model, group=group, progress=False))
+    del kept
+    return sharding - start, peak(lambda: moeshard.unshard(model)) - start
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def fresh(request):
+    """Processes of their own: memory that other tests left behind would hide what is taken."""
+    with moeshard.launch(request.param, timeout=60) as ranks:
+        yield ranks
+
+
+@pytest.mark.parametrize("kind", ["switch", "stacked"])
+def test_weights_are_never_in_memory_twice(fresh, kind):
+    expert = EXPERT if kind == "switch" else 3 * EXPERT // 2  # gated
+    held_twice = expert if kind == "switch" else 8 * expert  # one tensor a layer goes as a whole
+    for sharding, unsharding in fresh.run(peaks, kind):
+        assert sharding <= held_twice + SLACK, f"{sharding / MIB:.0f} MiB more while sharding"
+        assert unsharding <= expert + SLACK, f"{unsharding / MIB:.0f} MiB more while unsharding"
+
+
+def test_the_measure_sees_a_second_copy(fresh):
+    for sharding, _ in fresh.run(peaks, "switch", second_copy=True):
+        assert sharding > EXPERT + SLACK
 
 
 # ---- what a user may do ------------------------------------------------------------------------------------
@@ -289,6 +493,29 @@ def test_storage_in_bfloat16_is_the_rounded_model_in_half_the_memory():
     assert compare(run(rounded, inputs), found)[0] <= 1e-5
 
 
+def weights_after_int8(group):
+    """Largest difference of a weight before and after, in scales of its row."""
+    model = switch_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    moeshard.unshard(moeshard.shard(model, group=group, dtype="int8", progress=False))
+    difference = 0.0
+    for name, parameter in model.named_parameters():
+        if "expert_" in name:
+            scale = before[name].abs().amax(1, keepdim=True) / 127
+            difference = max(difference, ((parameter - before[name]).abs() / scale).max().item())
+        else:
+            assert (parameter == before[name]).all()
+    return difference
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_int8_weights_come_back_within_half_a_scale(workers, ranks):
+    group = moeshard.init("one")
+    results = [weights_after_int8(group)] if ranks == 1 else on_ranks(workers, ranks, weights_after_int8)
+    # A rank's scales are of its own columns: at most those of the whole row. 127: two roundings in float32.
+    assert all(0.4 < difference <= 0.5 + 127 * 2.0**-23 for difference in results)
+
+
 # ---- bad models --------------------------------------------------------------------------------------------
 
 
@@ -329,7 +556,7 @@ def tied():
         (switch_model, {"tokens": "global"}, moeshard.ArgumentError, "tokens.*'replicated'.*'global'"),
         (switch_model, {"plan": "even"}, moeshard.ArgumentError, "plan.*'expert_parallel'.*'even'"),
         (switch_model, {"plan": Plan.shard(1, 8, 38)}, moeshard.ShapeError, r"block\.1.*plan.*37.*38"),
-        (switch_model, {"dtype": torch.int8}, moeshard.DTypeError, "dtype.*bfloat16.*int8"),
+        (switch_model, {"dtype": torch.int16}, moeshard.DTypeError, "dtype.*bfloat16.*int8.*int16"),
     ],
     ids=[
         "no-moe",

@@ -115,7 +115,19 @@ def test_every_source_file_names_its_licence() -> None:
     assert not [str(path) for path in (*C_FILES, *PYTHON_FILES) if licence not in path.read_text()[:4000]]
 
 
-@pytest.mark.parametrize("module", ["moeshard", "moeshard.cli", "moeshard.demo", "moeshard.plans", "moeshard.text"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "moeshard",
+        "moeshard.bench",
+        "moeshard.bench.encoder",
+        "moeshard.cli",
+        "moeshard.demo",
+        "moeshard.plans",
+        "moeshard.profiles",
+        "moeshard.text",
+    ],
+)
 def test_importing_needs_no_torch(module: str) -> None:
     check = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'tokenizers') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60, cwd=ROOT)

@@ -26,6 +26,8 @@ int64_t ms_dtype_size(ms_dtype dtype) {
     return 2;
   case MS_I64:
     return 8;
+  case MS_I8:
+    return 1;
   }
   return 0;
 }
@@ -42,6 +44,8 @@ const char *ms_dtype_name(ms_dtype dtype) {
     return "int32";
   case MS_I64:
     return "int64";
+  case MS_I8:
+    return "int8";
   }
   return "unknown";
 }

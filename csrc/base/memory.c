@@ -4,7 +4,8 @@
 #include "memory.h"
 
 #include <stdlib.h>
-#include <sys/mman.h> // mmap, madvise(MADV_HUGEPAGE)
+#include <sys/mman.h> // mmap, madvise(MADV_HUGEPAGE, MADV_DONTNEED)
+#include <unistd.h>   // sysconf
 
 enum { ALIGNMENT = 64 };
 
@@ -40,4 +41,10 @@ ms_status ms_pages_alloc(int64_t bytes, const char *what, void **out, ms_error *
 
 void ms_pages_free(void *data, int64_t bytes) {
   if (data) munmap(data, (size_t)bytes);
+}
+
+void ms_pages_release(void *data, int64_t bytes) {
+  int64_t page = sysconf(_SC_PAGESIZE), at = (int64_t)(intptr_t)data;
+  int64_t skip = (page - at % page) % page, whole = (bytes - skip) / page * page;
+  if (whole > 0) madvise((char *)data + skip, (size_t)whole, MADV_DONTNEED);
 }

@@ -20,6 +20,8 @@ void ms_buffer_free(ms_buffer *buffer);
 // two tokens an expert, docs/cpu.md). Untouched pages cost nothing.
 ms_status ms_pages_alloc(int64_t bytes, const char *what, void **out, ms_error *err);
 void ms_pages_free(void *data, int64_t bytes); // NULL is legal
+// Give the whole pages inside [data, data + bytes) back to the system; they read as zero afterwards.
+void ms_pages_release(void *data, int64_t bytes);
 
 // What the pointers of an ms_batch point into. Each step grows its own.
 struct ms_batch_memory {

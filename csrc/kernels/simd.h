@@ -32,6 +32,7 @@ INLINE vf v_load(const float *p) { return *(const vf_any *)p; }
 INLINE void v_store(float *p, vf x) { *(vf_any *)p = x; }
 INLINE vu v_load_words(const void *p) { return *(const vu_any *)p; }
 INLINE vf v_set(float x) { return x - (vf){0}; } // every lane, also for NaN and -0
+INLINE vu v_set_words(uint32_t x) { return x - (vu){0}; }
 INLINE vf v_select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 
 // A word holds two bf16 values; bf16 is the upper half of a float.
@@ -42,6 +43,11 @@ INLINE vf v_high_bf16(vu words) { return (vf)(words & 0xffff0000u); }
 // c[i] += a[2i] * b[2i] + a[2i+1] * b[2i+1], both bf16; fp32 sum, subnormals count as zero.
 INLINE vf v_dot_bf16(vf c, vu a, vu b) {
   return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+}
+
+// To nearest even; subnormals become zero (the dot product would not see them).
+INLINE void v_store_bf16(uint16_t *p, vf x) {
+  _mm256_storeu_si256((void *)p, (__m256i)_mm512_cvtneps_pbh((__m512)x));
 }
 #endif
 
@@ -68,6 +74,18 @@ INLINE vf v_load_f16(const uint16_t *p) {
 #else
   vf x = {0};
   for (int i = 0; i < VW; i++) x[i] = widen_f16_bits(p[i]);
+  return x;
+#endif
+}
+
+INLINE vf v_load_int8(const int8_t *p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p)));
+#else
+  vf x = {0};
+  for (int i = 0; i < VW; i++) x[i] = p[i];
   return x;
 #endif
 }

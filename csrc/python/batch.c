@@ -703,6 +703,15 @@ static PyObject *get_shape(PyObject *object, void *unused) {
   return shape;
 }
 
+static PyObject *get_dtype(PyObject *object, void *unused) {
+  (void)unused;
+  batch_object *self = as_batch(object);
+  if (!core_batch_enter(core_state_of(object), self)) return NULL;
+  ms_dtype dtype = self->batch->dtype;
+  core_batch_leave(self);
+  return PyUnicode_FromString(ms_dtype_name(dtype));
+}
+
 static PyObject *get_nbytes(PyObject *object, void *unused) {
   (void)unused;
   batch_object *self = as_batch(object);
@@ -734,6 +743,7 @@ static PyGetSetDef getset[] = {
      "replicated.",
      NULL},
     {"shape", get_shape, NULL, "(T, D, K) of the last route.", NULL},
+    {"dtype", get_dtype, NULL, "The dtype of the last route's hidden_states.", NULL},
     {"nbytes", get_nbytes, NULL,
      "Bytes of memory held: it grows to the largest shape seen and never shrinks.", NULL},
     {0}};

@@ -71,13 +71,15 @@ static PyObject *experts_pack(PyObject *object, PyObject *args, PyObject *kwargs
 PyDoc_STRVAR(unpack_doc,
              "unpack($self, /, expert, w_in=None, w_out=None, b_in=None, b_out=None)\n--\n\n"
              "Write this rank's columns of one expert to tensors: bit for bit what was packed, "
-             "when the dtypes are equal.\n\n"
+             "when the dtypes are equal.\n"
+             "int8 comes back as float32, within half a scale of what was packed.\n\n"
              "Fr is the number of columns that this rank holds of the expert. Any destination may "
              "be None.\n\n"
              "Args:\n"
              "    expert: 0 to E-1.\n"
-             "    w_in: [Fr, D] (gated: [2*Fr, D], gate rows first) of self.dtype, contiguous.\n"
-             "    w_out: [D, Fr] of self.dtype, contiguous.\n"
+             "    w_in: [Fr, D] (gated: [2*Fr, D], gate rows first) of self.dtype (int8: float32), "
+             "contiguous.\n"
+             "    w_out: [D, Fr], as w_in.\n"
              "    b_in: [Fr] (gated: [2*Fr]) float32, contiguous.\n"
              "    b_out: [D] float32, contiguous; zeros on ranks that do not hold column 0, which "
              "adds it.\n\n"
@@ -104,6 +106,32 @@ static PyObject *experts_unpack(PyObject *object, PyObject *args, PyObject *kwar
   return result;
 }
 
+// ---- release ------------------------------------------------------------------------------------
+
+PyDoc_STRVAR(
+    release_doc,
+    "release($self, expert, /)\n--\n\n"
+    "Give the memory of one expert back to the system. Pack it again before it is used.\n\n"
+    "Args:\n"
+    "    expert: 0 to E-1.\n\n"
+    "Raises:\n"
+    "    ArgumentError: no such expert.\n");
+
+static PyObject *experts_release(PyObject *self, PyObject *argument) {
+  core_state *state = core_state_of(self);
+  long long expert = PyLong_AsLongLong(argument);
+  if (expert == -1 && PyErr_Occurred()) return NULL;
+  const experts_object *experts = (const experts_object *)self;
+  if (expert < 0 || expert >= experts->spec->E)
+    return core_fail(state, MS_EINVAL, "expert: got %lld, expected 0 to %d", expert,
+                     experts->spec->E - 1);
+  ms_error err;
+  ms_status status = ms_experts_release(experts->experts, (int32_t)expert, &err);
+  return core_none(state, status, &err);
+}
+
+// ---- properties ---------------------------------------------------------------------------------
+
 static PyObject *get_nbytes(PyObject *self, void *unused) {
   (void)unused;
   return PyLong_FromLongLong(ms_experts_bytes(((experts_object *)self)->experts));
@@ -115,6 +143,7 @@ static PyMethodDef methods[] = {
     {"pack", (PyCFunction)(void (*)(void))experts_pack, METH_VARARGS | METH_KEYWORDS, pack_doc},
     {"unpack", (PyCFunction)(void (*)(void))experts_unpack, METH_VARARGS | METH_KEYWORDS,
      unpack_doc},
+    {"release", experts_release, METH_O, release_doc},
     {0}};
 
 static PyGetSetDef getset[] = {
@@ -134,7 +163,9 @@ PyDoc_STRVAR(
     "stop) of expert e.\n"
     "    d_model: model width D.\n"
     "    d_ff: hidden width F of a whole expert.\n"
-    "    dtype: storage, 'float32', 'bfloat16' or 'float16'. All arithmetic is in float32.\n"
+    "    dtype: storage, 'float32', 'bfloat16', 'float16' or 'int8' (each row of w_in and w_out "
+    "times a float32 scale:\n"
+    "        its largest magnitude / 127; a row with a NaN or an infinity becomes NaN).\n"
     "    activation: 'identity', 'relu', 'gelu' (erf), 'gelu_tanh' or 'silu'.\n"
     "    gated: y = act(x W_gate^T) * (x W_up^T); w_in then holds the gate rows, then the up "
     "rows.\n"

@@ -55,7 +55,8 @@ int experts_parse_new(core_state *state, PyObject *args, PyObject *kwargs, int32
       return -1;
     }
   *spec = (ms_experts_spec){.D = D, .F = F, .gated = gated, .has_b_in = b_in, .has_b_out = b_out};
-  if (!tensor_dtype_parse(state, dtype, &spec->storage)) return -1;
+  if (!tensor_dtype_parse(state, dtype, device ? TENSOR_FLOATS : TENSOR_STORAGE, &spec->storage))
+    return -1;
   if (!parse_activation(state, activation, &spec->activation)) return -1;
   if (device && !core_int32(state, "device", number, device)) return -1;
   array_need need = {
@@ -162,17 +163,18 @@ int experts_parse_pack(core_state *state, const ms_experts_spec *spec, const ten
 
 static int take_destinations(core_state *state, const ms_experts_spec *spec,
                              const tensor_where *where, experts_call *call) {
+  unsigned weights = 1u << (spec->storage == MS_I8 ? MS_F32 : spec->storage);
   const int64_t *c = spec->columns + 2 * (int64_t)call->expert;
   int64_t width = c[1] - c[0], rows = spec->gated ? 2 * width : width;
   const tensor_need needs[EXPERTS_PARTS] = {{.name = "w_in",
-                                             .dtypes = 1u << spec->storage,
+                                             .dtypes = weights,
                                              .ndim = 2,
                                              .shape = {rows, spec->D},
                                              .dims = "FD",
                                              .write = true,
                                              .where = *where},
                                             {.name = "w_out",
-                                             .dtypes = 1u << spec->storage,
+                                             .dtypes = weights,
                                              .ndim = 2,
                                              .shape = {spec->D, width},
                                              .dims = "DF",

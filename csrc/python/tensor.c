@@ -254,7 +254,7 @@ static PyObject *tensor_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     return NULL;
   int64_t shape[TENSOR_MAX_DIMS];
   ms_dtype element;
-  if (!tensor_dtype_parse(state, dtype, &element)) return NULL;
+  if (!tensor_dtype_parse(state, dtype, TENSOR_FLOATS, &element)) return NULL;
   int ndim = take_shape(state, tuple, shape);
   if (ndim < 0) return NULL;
   tensor_object *self = (tensor_object *)PyType_GenericAlloc(type, 0);

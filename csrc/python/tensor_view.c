@@ -77,7 +77,7 @@ static void list_needed(const tensor_need *need, char text[LIST_TEXT]) {
 static void list_dtypes(unsigned dtypes, char text[LIST_TEXT]) {
   int used = 0;
   text[0] = 0;
-  for (ms_dtype d = MS_F32; d <= MS_I64; d++) {
+  for (ms_dtype d = MS_F32; d <= MS_I8; d++) {
     if (!(dtypes & 1u << d)) continue;
     bool first = !(dtypes & ((1u << d) - 1)), last = !(dtypes & ~0u << d << 1);
     used += snprintf(text + used, (size_t)(LIST_TEXT - used), "%s%s",
@@ -386,10 +386,12 @@ static bool core_dtype(DLDataType dtype, ms_dtype *out) {
   return false;
 }
 
-bool tensor_dtype_parse(core_state *state, const char *text, ms_dtype *out) {
-  for (*out = MS_F32; *out <= MS_F16; ++*out)
-    if (strcmp(text, ms_dtype_name(*out)) == 0) return true;
-  core_fail(state, MS_EDTYPE, "dtype: got '%s', expected float32, bfloat16 or float16", text);
+bool tensor_dtype_parse(core_state *state, const char *text, unsigned dtypes, ms_dtype *out) {
+  for (*out = MS_F32; *out <= MS_I8; ++*out)
+    if (dtypes & 1u << *out && strcmp(text, ms_dtype_name(*out)) == 0) return true;
+  char expected[LIST_TEXT];
+  list_dtypes(dtypes, expected);
+  core_fail(state, MS_EDTYPE, "dtype: got '%s', expected %s", text, expected);
   return false;
 }
 

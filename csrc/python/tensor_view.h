@@ -34,7 +34,8 @@ int tensor_stream(core_state *state, PyObject *tensor, int32_t device, void **st
 
 enum { // dtypes accepted, as bits
   TENSOR_FLOATS = 1 << MS_F32 | 1 << MS_BF16 | 1 << MS_F16,
-  TENSOR_INTEGERS = 1 << MS_I32 | 1 << MS_I64
+  TENSOR_INTEGERS = 1 << MS_I32 | 1 << MS_I64,
+  TENSOR_STORAGE = TENSOR_FLOATS | 1 << MS_I8 // of packed weights
 };
 
 typedef enum tensor_place { TENSOR_ON_CPU = 0, TENSOR_ON_CUDA, TENSOR_ON_EITHER } tensor_place;
@@ -67,8 +68,8 @@ int64_t tensor_view_bytes(const tensor_view *view); // of a contiguous one
 enum { TENSOR_DTYPE_TEXT = 40 };
 void tensor_dtype_name(DLDataType dtype, char text[TENSOR_DTYPE_TEXT]);
 
-// "float32", "bfloat16" or "float16"; false with DTypeError set.
-bool tensor_dtype_parse(core_state *state, const char *text, ms_dtype *out);
+// "float32" ...: one of `dtypes`; false with DTypeError set.
+bool tensor_dtype_parse(core_state *state, const char *text, unsigned dtypes, ms_dtype *out);
 
 // Let go of the memory. Legal on a zeroed hold, and twice. May run any Python code.
 void tensor_hold_release(tensor_hold *hold);

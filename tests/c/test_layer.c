@@ -48,6 +48,20 @@ typedef struct problem {
   double *expected;
 } problem;
 
+static float largest(const float *x, int64_t n) {
+  float most = 0;
+  for (int64_t i = 0; i < n; i++) most = fmaxf(most, fabsf(x[i]));
+  return most;
+}
+
+// Rows of length K as int8 keeps them: integers times a scale of the row.
+static void round_to_int8(float *w, int64_t rows, int64_t K) {
+  for (float *end = w + rows * K; w < end; w += K) {
+    double scale = largest(w, K) / 127;
+    for (int64_t k = 0; k < K; k++) w[k] = (float)(scale * rint(w[k] / scale));
+  }
+}
+
 // The weights as `storage` keeps them, so that what is left to compare is float32 arithmetic.
 static void round_weights(problem *p, ms_dtype storage) {
   float *const tensors[] = {p->w_in, p->w_out};
@@ -58,6 +72,10 @@ static void round_weights(problem *p, ms_dtype storage) {
       if (storage == MS_BF16) *w = from_bf16(to_bf16(*w));
       if (storage == MS_F16) *w = (float)(_Float16)*w;
     }
+  if (storage == MS_I8) {
+    round_to_int8(p->w_in, p->E * (p->gated ? 2 : 1) * p->F, p->D);
+    round_to_int8(p->w_out, p->E * p->D, p->F);
+  }
   ms_reference_layer(p->hidden, p->index, p->weight, p->T, p->D, p->K, p->E, p->F, p->w_in,
                      p->w_out, p->bias_in, p->bias_out, p->activation, p->gated, p->expected);
 }
@@ -117,18 +135,18 @@ static ms_experts *pack(const problem *p, ms_dtype storage, int64_t start, int64
   return x;
 }
 
-static float *run(const problem *p, ms_experts *x, int32_t thread_count) {
+// Two passes over the layer; hidden and out are of `dtype`.
+static void run_as(const problem *p, ms_dtype dtype, const void *hidden, void *out, ms_experts *x,
+                   int32_t thread_count) {
   ms_error err = {0};
   ms_threads *threads = NULL;
   ms_batch *batch = NULL;
   ms_exchange *one = NULL;
-  float *out = malloc((size_t)(p->T * p->D + 1) * sizeof *out);
-  for (int64_t i = 0; i < p->T * p->D; i++) out[i] = NAN; // every output must be written
   CHECK(ms_threads_create(thread_count, &threads, &err) == MS_OK);
   CHECK(ms_batch_create(&batch, &err) == MS_OK);
   CHECK(ms_exchange_one(&one, &err) == MS_OK);
   for (int pass = 0; pass < 2; pass++) { // the second on used memory
-    CHECK(ms_route(batch, p->hidden, MS_F32, p->index, MS_I32, p->weight, MS_F32, p->T, p->D, p->K,
+    CHECK(ms_route(batch, hidden, dtype, p->index, MS_I32, p->weight, MS_F32, p->T, p->D, p->K,
                    p->E, out, &err) == MS_OK);
     CHECK(ms_gather(batch, one, &err) == MS_OK);
     CHECK(ms_group(batch, &err) == MS_OK);
@@ -138,15 +156,34 @@ static float *run(const problem *p, ms_experts *x, int32_t thread_count) {
   ms_exchange_free(one);
   ms_batch_free(batch);
   ms_threads_free(threads);
+}
+
+static float *run(const problem *p, ms_experts *x, int32_t thread_count) {
+  float *out = malloc((size_t)(p->T * p->D + 1) * sizeof *out);
+  for (int64_t i = 0; i < p->T * p->D; i++) out[i] = NAN; // every output must be written
+  run_as(p, MS_F32, p->hidden, out, x, thread_count);
+  return out;
+}
+
+// p->hidden must hold bf16 values. The tokens are copied, so that reading past the last one is seen.
+static uint16_t *run_bf16(const problem *p, ms_experts *x, int32_t thread_count) {
+  int64_t n = p->T * p->D;
+  uint16_t *hidden = malloc((size_t)n * 2), *out = malloc((size_t)n * 2);
+  for (int64_t i = 0; i < n; i++) {
+    hidden[i] = to_bf16(p->hidden[i]);
+    out[i] = 0xffff; // NaN
+  }
+  run_as(p, MS_BF16, hidden, out, x, thread_count);
+  free(hidden);
   return out;
 }
 
 static void check_problem(int64_t T, int64_t D, int64_t F, int32_t K, int32_t E,
                           ms_activation activation, bool gated, bool biases) {
   problem p = make(T, D, F, K, E, activation, gated, biases);
-  const ms_dtype storages[] = {MS_F32, MS_F16,
-                               MS_BF16}; // each rounds the weights of the one before
-  for (int i = 0; i < 3; i++) {
+  const ms_dtype storages[] = {MS_F32, MS_F16, MS_BF16,
+                               MS_I8}; // each rounds the weights of the one before
+  for (int i = 0; i < 4; i++) {
     round_weights(&p, storages[i]);
     ms_experts *x = pack(&p, storages[i], 0, F);
     float *one = run(&p, x, 1), *three = run(&p, x, 3);
@@ -182,8 +219,9 @@ static void layers_equal_the_reference(void) {
 
 static void a_token_does_not_depend_on_its_neighbours(void) {
   problem p = make(61, 100, 70, 2, 3, MS_GELU, false, true);
-  for (ms_dtype storage = MS_F32; storage <= MS_F16; storage++) {
-    ms_experts *x = pack(&p, storage, 0, p.F);
+  const ms_dtype storages[] = {MS_F32, MS_BF16, MS_F16, MS_I8};
+  for (int i = 0; i < 4; i++) {
+    ms_experts *x = pack(&p, storages[i], 0, p.F);
     float *all = run(&p, x, 2);
     for (int64_t t = 0; t < p.T; t += 7) {
       problem single = p;
@@ -253,6 +291,53 @@ static void sixteen_bit_tokens_are_widened_and_narrowed(void) {
   free_problem(&p);
 }
 
+// With bf16 weights too, H may be rounded to bf16 (docs/numerics.md). Without negative numbers all terms of an output are
+// positive, so that its relative error is at most that of its two roundings, 2^-8 each, and a little of fp32 (2^-16).
+static void bf16_layers_round_twice_at_most(int64_t T, int64_t D, int64_t F, int32_t K, int32_t E,
+                                            ms_activation activation, bool gated, bool biases) {
+  problem p = make(T, D, F, K, E, activation, gated, biases);
+  float *const tensors[] = {p.hidden, p.weight, p.w_in, p.w_out, p.bias_in, p.bias_out};
+  const int64_t rows = gated ? 2 * F : F;
+  const int64_t sizes[] = {T * D, T * K, E * rows * D, E * D * F, E * rows, E * D};
+  for (int i = 0; i < 6; i++)
+    for (int64_t j = 0; tensors[i] && j < sizes[i]; j++) tensors[i][j] = fabsf(tensors[i][j]);
+  for (int64_t i = 0; i < T * D; i++) p.hidden[i] = from_bf16(to_bf16(p.hidden[i]));
+  round_weights(&p, MS_BF16);
+  ms_experts *x = pack(&p, MS_BF16, 0, F);
+  uint16_t *one = run_bf16(&p, x, 1), *three = run_bf16(&p, x, 3);
+  for (int64_t i = 0; i < T * D; i++) {
+    double got = (double)from_bf16(one[i]);
+    CHECK_THAT(fabs(got - p.expected[i]) <= p.expected[i] * (0x1p-7 + 0x1p-15),
+               "T=%lld D=%lld F=%lld K=%d act=%d gated=%d: %g, expected %g", (long long)T,
+               (long long)D, (long long)F, K, (int)activation, gated, got, p.expected[i]);
+  }
+  CHECK(memcmp(one, three, (size_t)(T * D) * 2) == 0); // same bits for any thread count
+  for (int64_t t = 0; t < T; t += 5) {                 // and for any neighbours
+    problem single = p;
+    single.T = 1;
+    single.hidden += t * D;
+    single.index += t * K;
+    single.weight += t * K;
+    uint16_t *alone = run_bf16(&single, x, 1);
+    CHECK(memcmp(alone, one + t * D, (size_t)D * 2) == 0);
+    free(alone);
+  }
+  free(one);
+  free(three);
+  ms_experts_free(x);
+  free_problem(&p);
+}
+
+static void bf16_tokens_with_bf16_weights_round_twice_at_most(void) {
+  for (ms_activation a = MS_IDENTITY; a < MS_ACTIVATION_COUNT; a++)
+    for (int gated = 0; gated < 2; gated++)
+      bf16_layers_round_twice_at_most(23, 37, 41, 2, 5, a, gated, true); // odd K in both matrices
+  const int64_t sizes[][3] = {{1, 1, 1}, {200, 3, 1}, {7, 65, 31}, {97, 160, 100}, {5, 801, 770}};
+  for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+    bf16_layers_round_twice_at_most(sizes[i][0], sizes[i][1], sizes[i][2], 1, 3, MS_RELU, i % 2,
+                                    false);
+}
+
 static void packing_is_undone_bit_for_bit(void) {
   problem p = make(1, 35, 37, 1, 3, MS_SILU, true, true);
   ms_error err;
@@ -271,6 +356,49 @@ static void packing_is_undone_bit_for_bit(void) {
   for (int64_t d = 0; d < p.D; d++)
     wrong += memcmp(w_out + d * width, p.w_out + (1 * p.D + d) * p.F + 5, (size_t)width * 4) != 0;
   CHECK(wrong == 0);
+  free(w_in);
+  free(w_out);
+  ms_experts_free(x);
+  free_problem(&p);
+}
+
+// |w - got| <= scale / 2, and the rounding of the division and of the product in fp32: 127 units of 2^-24 each.
+static void check_int8_row(const float *got, const float *w, int64_t K) {
+  float scale = largest(w, K) / 127, bound = scale * (0.5f + 127 * 0x1p-23f);
+  for (int64_t k = 0; k < K; k++)
+    CHECK_THAT(fabsf(got[k] - w[k]) <= bound, "%g is kept as %g, scale %g", w[k], got[k], scale);
+}
+
+static void int8_keeps_weights_within_half_a_scale(void) {
+  problem p = make(1, 35, 37, 1, 2, MS_SILU, true, true);
+  const int64_t start = 5, stop = 28, width = stop - start;
+  for (int64_t d = 0; d < p.D;
+       d++) { // rows of every size; whole rows of zeros; nothing but subnormals
+    p.w_in[(start + 1) * p.D + d] = 0;
+    p.w_in[(start + 2) * p.D + d] *= 0x1p-130f;
+    p.w_in[(start + 3) * p.D + d] *= 0x1p120f;
+    p.w_in[(start + 4) * p.D + d] = d == 3 ? NAN : 1;
+    p.w_in[(start + 5) * p.D + d] = d == 4 ? -INFINITY : 1;
+  }
+  memset(p.w_out + 7 * p.F, 0, (size_t)p.F * sizeof(float));
+  p.w_out[8 * p.F + start - 1] = 1000; // not this rank's: its scale does not see it
+  ms_error err;
+  ms_experts *x = pack(&p, MS_I8, start, stop);
+  CHECK(ms_experts_unpacked(x) == MS_F32);
+  float *w_in = malloc((size_t)(2 * width * p.D) * 4), *w_out = malloc((size_t)(width * p.D) * 4);
+  CHECK(ms_experts_unpack(x, 0, w_in, w_out, NULL, NULL, &err) == MS_OK);
+  for (int64_t half = 0; half < 2; half++)
+    for (int64_t f = 0; f < width; f++) {
+      const float *got = w_in + (half * width + f) * p.D;
+      bool broken = half == 0 && (f == 4 || f == 5); // not finite: NaN throughout
+      if (half == 0 && f == 2)                       // scales are normal numbers
+        for (int64_t d = 0; d < p.D; d++) CHECK(got[d] == 0);
+      else if (!broken)
+        check_int8_row(got, p.w_in + (half * p.F + start + f) * p.D, p.D);
+      for (int64_t d = 0; d < p.D; d++) CHECK((bool)isnan(got[d]) == broken);
+    }
+  for (int64_t d = 0; d < p.D; d++)
+    check_int8_row(w_out + d * width, p.w_out + d * p.F + start, width);
   free(w_in);
   free(w_out);
   ms_experts_free(x);
@@ -300,7 +428,7 @@ static void transposed_sources_and_slices_pack_alike(void) {
 }
 
 static void not_a_number_reaches_its_own_token_only(void) {
-  problem p = make(12, 32, 32, 1, 2, MS_RELU, false, false);
+  problem p = make(12, 33, 37, 1, 2, MS_RELU, false, false);
   for (int64_t i = 0; i < p.T; i++) p.index[i] = (int32_t)(i % 2);
   p.hidden[5 * p.D + 3] = NAN;
   for (ms_activation a = MS_IDENTITY; a < MS_ACTIVATION_COUNT; a++) {
@@ -309,6 +437,12 @@ static void not_a_number_reaches_its_own_token_only(void) {
     float *out = run(&p, x, 1);
     for (int64_t i = 0; i < p.T * p.D; i++) CHECK(isnan(out[i]) == (i / p.D == 5));
     free(out);
+    ms_experts_free(x);
+    x = pack(&p, MS_BF16, 0, p.F);
+    uint16_t *narrow = run_bf16(&p, x, 1);
+    for (int64_t i = 0; i < p.T * p.D; i++)
+      CHECK((bool)isnan(from_bf16(narrow[i])) == (i / p.D == 5));
+    free(narrow);
     ms_experts_free(x);
   }
   free_problem(&p);
@@ -416,7 +550,9 @@ int main(int argc, char **argv) {
   a_token_does_not_depend_on_its_neighbours();
   slices_add_up_to_the_whole();
   sixteen_bit_tokens_are_widened_and_narrowed();
+  bf16_tokens_with_bf16_weights_round_twice_at_most();
   packing_is_undone_bit_for_bit();
+  int8_keeps_weights_within_half_a_scale();
   transposed_sources_and_slices_pack_alike();
   not_a_number_reaches_its_own_token_only();
   grouping_equals_the_reference();
