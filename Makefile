@@ -129,12 +129,15 @@ $(GPU)/.built: setup.py $(HEADERS) $(CORE) $(KERNELS) $(BINDING) $(CUDA) $(wildc
 	  $(PY) setup.py -q build --build-lib $(GPU)/lib --build-temp $(GPU)/temp
 	touch $@
 
-# The C core and the launchers as setup.py has compiled them, without Python's binding.
+# The C core and the engine as setup.py has compiled them, without Python's binding.
+GPU_OBJECTS := $(patsubst %.c,$(GPU)/temp/%.o,$(filter-out csrc/reference.c,$(CORE)) $(wildcard cuda/*.c cuda/exchange/*.c)) \
+  $(patsubst cuda/%.cu,$(GPU)/temp/cuda/$(subst ;,_,$(GPU_ARCHS))/%.o,$(wildcard cuda/*.cu)) \
+  $(ISAS:%=$(GPU)/temp/%/$(KERNELS:.c=.o))
 $(GPU)/%: tests/cuda/%.cu $(GPU)/.built csrc/reference.c
 	nvcc -O3 -std=c++17 -cudart shared -lineinfo $(if $(findstring sm90,$*),,\
 	  -gencode arch=compute_80,code=sm_80 -gencode arch=compute_80,code=compute_80) \
 	  -gencode arch=compute_90a,code=sm_90a -gencode arch=compute_90a,code=compute_90a -DMS_CUDA_SM90 \
-	  -o $@ $< csrc/reference.c $$(find $(GPU)/temp -name '*.o' -not -path '*/python/*') -ldl -lrt -lpthread
+	  -o $@ $< csrc/reference.c $(GPU_OBJECTS) -ldl -lrt -lpthread
 
 .PHONY: tests/ptxsim/build
 tests/ptxsim/build:
@@ -145,7 +148,7 @@ lint: build build/analyzer.h ## ruff, mypy, clang-format, gcc's warnings and ana
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy --strict moeshard
-	.venv/bin/clang-format --dry-run -Werror $(HEADERS) $(CORE) $(KERNELS) $(BINDING) $(CUDA) $(wildcard tests/c/*.[ch])
+	.venv/bin/clang-format --dry-run -Werror $(HEADERS) $(CORE) $(KERNELS) $(BINDING) $(wildcard cuda/*/*.[ch] tests/c/*.[ch])
 	gcc -std=gnu11 -fsyntax-only -O2 $(WARNINGS) $(CORE) -Icsrc $(C_TESTS)
 	gcc -std=gnu11 -fsyntax-only -O2 $(WARNINGS) $(BINDING) -Icsrc $$($(PY) -c 'import numpy, sysconfig; \
 	  print("-isystem", sysconfig.get_path("include"), "-isystem", numpy.get_include())')
@@ -166,7 +169,7 @@ build/analyzer.h: Makefile
 format: build ## let ruff and clang-format rewrite the sources
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	.venv/bin/clang-format -i $(HEADERS) $(CORE) $(KERNELS) $(BINDING) $(CUDA) $(wildcard tests/c/*.[ch])
+	.venv/bin/clang-format -i $(HEADERS) $(CORE) $(KERNELS) $(BINDING) $(wildcard cuda/*/*.[ch] tests/c/*.[ch])
 
 # ---- packages -----------------------------------------------------------------------------------
 

@@ -56,7 +56,6 @@ static int32_t rank_of(const ms_cuda_engine *g) { return g->exchange ? g->exchan
 // ---- life -------------------------------------------------------------------------------------------------------
 
 static ms_status start(ms_cuda_engine *g, ms_error *err) {
-  MS_CUDA(cudaSetDevice(g->device), err);
   int major = 0, minor = 0;
   MS_CUDA(cudaDeviceGetAttribute(&g->sms, cudaDevAttrMultiProcessorCount, g->device), err);
   MS_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, g->device), err);
@@ -80,28 +79,7 @@ static ms_status start(ms_cuda_engine *g, ms_error *err) {
   return MS_OK;
 }
 
-ms_status ms_cuda_engine_create(ms_cuda_exchange *exchange, int32_t device, int32_t chunks, ms_cuda_engine **out,
-                                ms_error *err) {
-  *out = NULL;
-  if (chunks < 1 || chunks > MOST_CHUNKS)
-    return ms_fail(err, MS_EINVAL, "chunks: got %d, expected 1 to %d", chunks, MOST_CHUNKS);
-  if (exchange && exchange->device != device)
-    return ms_fail(err, MS_EINVAL, "exchange: it is on device %d, expected %d", exchange->device, device);
-  ms_cuda_engine *g = calloc(1, sizeof *g);
-  if (!g) return ms_fail(err, MS_ENOMEM, "no memory for an engine");
-  if (exchange && exchange->R == 1) exchange = NULL; // nothing travels
-  *g = (ms_cuda_engine){.exchange = exchange, .device = device, .chunks = exchange ? chunks : 1};
-  ms_status status = start(g, err);
-  if (status == MS_OK)
-    *out = g;
-  else
-    ms_cuda_engine_free(g);
-  return status;
-}
-
-void ms_cuda_engine_free(ms_cuda_engine *g) {
-  if (!g) return;
-  cudaSetDevice(g->device);
+static void free_on_device(ms_cuda_engine *g) {
   for (int i = 0; i < SPACES; i++) {
     space *s = &g->spaces[i];
     cudaFree(s->data); // waits for the device
@@ -119,6 +97,39 @@ void ms_cuda_engine_free(ms_cuda_engine *g) {
   if (g->done) cudaEventDestroy(g->done);
   if (g->stream) cudaStreamDestroy(g->stream);
   cudaFreeHost(g->faults);
+}
+
+ms_status ms_cuda_engine_create(ms_cuda_exchange *exchange, int32_t device, int32_t chunks, ms_cuda_engine **out,
+                                ms_error *err) {
+  *out = NULL;
+  if (chunks < 1 || chunks > MOST_CHUNKS)
+    return ms_fail(err, MS_EINVAL, "chunks: got %d, expected 1 to %d", chunks, MOST_CHUNKS);
+  if (exchange && exchange->device != device)
+    return ms_fail(err, MS_EINVAL, "exchange: it is on device %d, expected %d", exchange->device, device);
+  ms_cuda_engine *g = calloc(1, sizeof *g);
+  if (!g) return ms_fail(err, MS_ENOMEM, "no memory for an engine");
+  if (exchange && exchange->R == 1) exchange = NULL; // nothing travels
+  *g = (ms_cuda_engine){.exchange = exchange, .device = device, .chunks = exchange ? chunks : 1};
+  int before;
+  ms_status status = ms_cuda_enter(device, &before, err);
+  if (status == MS_OK) {
+    status = start(g, err);
+    ms_cuda_leave(before);
+  }
+  if (status == MS_OK)
+    *out = g;
+  else
+    ms_cuda_engine_free(g);
+  return status;
+}
+
+void ms_cuda_engine_free(ms_cuda_engine *g) {
+  if (!g) return;
+  int before;
+  if (ms_cuda_enter(g->device, &before, NULL) == MS_OK) { // else there is nothing on it
+    free_on_device(g);
+    ms_cuda_leave(before);
+  }
   free(g);
 }
 
@@ -211,9 +222,11 @@ static ms_status tell_faults(ms_cuda_engine *g, ms_error *err) {
 }
 
 ms_status ms_cuda_engine_faults(ms_cuda_engine *g, ms_error *err) {
-  MS_CUDA(cudaSetDevice(g->device), err);
-  MS_CUDA(cudaDeviceSynchronize(), err);
-  return tell_faults(g, err);
+  int before;
+  MS_TRY(ms_cuda_enter(g->device, &before, err));
+  ms_status status = ms_cuda_status(cudaDeviceSynchronize(), "cudaDeviceSynchronize", err);
+  ms_cuda_leave(before);
+  return status == MS_OK ? tell_faults(g, err) : status;
 }
 
 // ---- the layer --------------------------------------------------------------------------------------------------
@@ -264,7 +277,9 @@ static ms_cuda_view view_of(const layer *l, int32_t chunk) {
 static ms_status order(cudaStream_t first, cudaEvent_t event, cudaStream_t then, ms_error *err) {
   if (first == then) return MS_OK;
   MS_CUDA(cudaEventRecord(event, first), err);
+#ifndef MS_PLANT_17 // messages and partial outputs may travel before they are there
   MS_CUDA(cudaStreamWaitEvent(then, event, 0), err);
+#endif
   return MS_OK;
 }
 
@@ -303,7 +318,9 @@ static void *out_of(const layer *l, int32_t chunk) {
 static ms_status compute(const layer *l, int32_t chunk, ms_error *err) {
   const ms_cuda_shape *s = &l->shape;
   ms_cuda_view view = view_of(l, chunk);
+#ifndef MS_PLANT_15 // group may come before the messages of the others
   if (l->travel != l->stream) MS_CUDA(cudaStreamWaitEvent(l->stream, space_of(l, chunk)->gathered, 0), err);
+#endif
   MS_TRY(ms_cuda_group(s, &view, l->stream, err));
   if (s->slots) {
     MS_TRY(ms_cuda_ffn_up(s, &view, l->experts->spec.activation, l->stream, err));
@@ -323,7 +340,9 @@ static ms_status finish(const layer *l, int32_t chunk, ms_error *err) {
   if (!l->engine->exchange) return MS_OK;
   const ms_cuda_shape *s = &l->shape;
   ms_cuda_view view = view_of(l, chunk);
+#ifndef MS_PLANT_16 // rounding may come before the reduction
   if (l->travel != l->stream) MS_CUDA(cudaStreamWaitEvent(l->stream, space_of(l, chunk)->reduced, 0), err);
+#endif
   return ms_cuda_combine_round(s, view.partial + s->rank * s->T * s->D, tokens_in(l, chunk), out_of(l, chunk),
                                l->stream, err);
 }
@@ -338,10 +357,8 @@ static ms_status enqueue(const layer *l, ms_error *err) {
   return finish(l, l->chunks - 1, err);
 }
 
-ms_status ms_cuda_forward(ms_cuda_engine *g, const ms_cuda_experts *experts, const ms_cuda_call *call, void *stream,
-                          ms_error *err) {
-  MS_TRY(check_call(g, experts, call, err));
-  MS_CUDA(cudaSetDevice(g->device), err);
+static ms_status forward(ms_cuda_engine *g, const ms_cuda_experts *experts, const ms_cuda_call *call, void *stream,
+                         ms_error *err) {
   if (g->exchange) MS_TRY(g->exchange->check(g->exchange, err));
   const ms_experts_spec *spec = &experts->spec;
   int64_t most = call->capacity < g->chunks ? call->capacity : g->chunks;
@@ -376,4 +393,14 @@ ms_status ms_cuda_forward(ms_cuda_engine *g, const ms_cuda_experts *experts, con
     MS_CUDA(cudaEventRecord(g->done, l.stream), err);
   }
   return earlier == MS_OK ? MS_OK : ms_fail(err, earlier, "%s", said.msg);
+}
+
+ms_status ms_cuda_forward(ms_cuda_engine *g, const ms_cuda_experts *experts, const ms_cuda_call *call, void *stream,
+                          ms_error *err) {
+  MS_TRY(check_call(g, experts, call, err));
+  int before;
+  MS_TRY(ms_cuda_enter(g->device, &before, err));
+  ms_status status = forward(g, experts, call, stream, err);
+  ms_cuda_leave(before);
+  return status;
 }

@@ -67,7 +67,6 @@ static ms_status fill(ms_cuda_experts *x, ms_error *err) {
   int64_t bytes = 0, table_bytes = x->spec.E * (int64_t)sizeof *x->table;
   for (int32_t e = 0; e < x->spec.E; e++) place_expert(x, e, &bytes);
   int64_t table_at = place(&bytes, table_bytes);
-  MS_CUDA(cudaSetDevice(x->device), err);
   MS_CUDA(cudaMalloc(&x->data, (size_t)bytes), err);
   x->bytes = bytes;
   MS_CUDA(cudaMemset(x->data, 0, (size_t)bytes), err);
@@ -102,7 +101,11 @@ ms_status ms_cuda_experts_create(const ms_experts_spec *spec, int32_t device, ms
   int64_t piece = PIECE / ms_dtype_size(spec->storage);
   x->ld_in = round_up(spec->D, piece);
   x->ld_h = round_up(x->max_width, piece);
-  status = fill(x, err);
+  int before;
+  if ((status = ms_cuda_enter(device, &before, err)) == MS_OK) {
+    status = fill(x, err);
+    ms_cuda_leave(before);
+  }
   if (status == MS_OK)
     *out = x;
   else
@@ -112,8 +115,11 @@ ms_status ms_cuda_experts_create(const ms_experts_spec *spec, int32_t device, ms
 
 void ms_cuda_experts_free(ms_cuda_experts *x) {
   if (!x) return;
-  cudaSetDevice(x->device);
-  cudaFree(x->data); // waits for the device
+  int before;
+  if (x->data && ms_cuda_enter(x->device, &before, NULL) == MS_OK) {
+    cudaFree(x->data); // waits for the device
+    ms_cuda_leave(before);
+  }
   free((int64_t *)x->spec.columns);
   free(x->table);
   free(x);
@@ -194,23 +200,13 @@ static ms_status check_bias(const char *name, const void *bias, bool wanted, ms_
                  name);
 }
 
-ms_status ms_cuda_experts_pack(ms_cuda_experts *x, int32_t e, int64_t first, int64_t count, const ms_matrix *w_in,
-                               const ms_matrix *w_out, const void *b_in, const void *b_out, ms_dtype bias,
-                               void *stream, ms_error *err) {
+// `skip`: columns that the sources hold before this rank's first.
+static ms_status pack_on_device(const ms_cuda_experts *x, int32_t e, int64_t skip, int64_t count, const ms_matrix *w_in,
+                                const ms_matrix *w_out, const void *b_in, const void *b_out, ms_dtype bias,
+                                cudaStream_t stream, ms_error *err) {
   const ms_experts_spec *spec = &x->spec;
-  MS_TRY(check_expert(x, e, err));
-  int64_t start = spec->columns[2 * e], width = width_of(x, e), halves = spec->gated ? 2 : 1;
-  if (width && (first < 0 || first > start || first + count < start + width))
-    return ms_fail(err, MS_ESHAPE, "expert %d: sources hold columns [%lld, %lld), this rank needs [%lld, %lld)", e,
-                   (long long)first, (long long)(first + count), (long long)start, (long long)(start + width));
-  MS_TRY(check_matrix("w_in", w_in, halves * count, spec->D, err));
-  MS_TRY(check_matrix("w_out", w_out, spec->D, count, err));
-  MS_TRY(check_bias("b_in", b_in, spec->has_b_in, err));
-  MS_TRY(check_bias("b_out", b_out, spec->has_b_out, err));
-  if (!width) return MS_OK;
-  MS_CUDA(cudaSetDevice(x->device), err);
   const ms_cuda_expert *t = &x->table[e];
-  int64_t size = ms_dtype_size(spec->storage), skip = start - first;
+  int64_t size = ms_dtype_size(spec->storage), width = t->width, halves = spec->gated ? 2 : 1;
   for (int64_t half = 0; half < halves; half++) { // gate rows, then up rows
     MS_TRY(move_in(part_of(w_in, half * count + skip, width, 0, spec->D),
                    (const char *)t->w_in + half * width * x->ld_in * size, spec->storage, x->ld_in, stream, err));
@@ -226,6 +222,27 @@ ms_status ms_cuda_experts_pack(ms_cuda_experts *x, int32_t e, int64_t first, int
   return move_in(row, t->b_out, MS_F32, spec->D, stream, err);
 }
 
+ms_status ms_cuda_experts_pack(ms_cuda_experts *x, int32_t e, int64_t first, int64_t count, const ms_matrix *w_in,
+                               const ms_matrix *w_out, const void *b_in, const void *b_out, ms_dtype bias,
+                               void *stream, ms_error *err) {
+  const ms_experts_spec *spec = &x->spec;
+  MS_TRY(check_expert(x, e, err));
+  int64_t start = spec->columns[2 * e], width = width_of(x, e), halves = spec->gated ? 2 : 1;
+  if (width && (first < 0 || first > start || first + count < start + width))
+    return ms_fail(err, MS_ESHAPE, "expert %d: sources hold columns [%lld, %lld), this rank needs [%lld, %lld)", e,
+                   (long long)first, (long long)(first + count), (long long)start, (long long)(start + width));
+  MS_TRY(check_matrix("w_in", w_in, halves * count, spec->D, err));
+  MS_TRY(check_matrix("w_out", w_out, spec->D, count, err));
+  MS_TRY(check_bias("b_in", b_in, spec->has_b_in, err));
+  MS_TRY(check_bias("b_out", b_out, spec->has_b_out, err));
+  if (!width) return MS_OK;
+  int before;
+  MS_TRY(ms_cuda_enter(x->device, &before, err));
+  ms_status status = pack_on_device(x, e, start - first, count, w_in, w_out, b_in, b_out, bias, stream, err);
+  ms_cuda_leave(before);
+  return status;
+}
+
 // ---- out --------------------------------------------------------------------------------------------------------
 
 static ms_status move_out(const void *from, int64_t ld, void *to, int64_t rows, int64_t cols, int64_t size,
@@ -237,11 +254,9 @@ static ms_status move_out(const void *from, int64_t ld, void *to, int64_t rows, 
   return MS_OK;
 }
 
-ms_status ms_cuda_experts_unpack(const ms_cuda_experts *x, int32_t e, void *w_in, void *w_out, float *b_in,
-                                 float *b_out, void *stream, ms_error *err) {
+static ms_status unpack_on_device(const ms_cuda_experts *x, int32_t e, void *w_in, void *w_out, float *b_in,
+                                  float *b_out, cudaStream_t stream, ms_error *err) {
   const ms_experts_spec *spec = &x->spec;
-  MS_TRY(check_expert(x, e, err));
-  MS_CUDA(cudaSetDevice(x->device), err);
   const ms_cuda_expert *t = &x->table[e];
   int64_t size = ms_dtype_size(spec->storage), width = t->width, rows = spec->gated ? 2 * width : width;
   MS_TRY(move_out(t->w_in, x->ld_in, w_in, rows, spec->D, size, stream, err));
@@ -257,4 +272,14 @@ ms_status ms_cuda_experts_unpack(const ms_cuda_experts *x, int32_t e, void *w_in
   MS_CUDA(cudaMemsetAsync(b_out, 0, (size_t)spec->D * sizeof *b_out, stream), err);
   MS_CUDA(cudaStreamSynchronize(stream), err);
   return MS_OK;
+}
+
+ms_status ms_cuda_experts_unpack(const ms_cuda_experts *x, int32_t e, void *w_in, void *w_out, float *b_in,
+                                 float *b_out, void *stream, ms_error *err) {
+  MS_TRY(check_expert(x, e, err));
+  int before;
+  MS_TRY(ms_cuda_enter(x->device, &before, err));
+  ms_status status = unpack_on_device(x, e, w_in, w_out, b_in, b_out, stream, err);
+  ms_cuda_leave(before);
+  return status;
 }

@@ -71,7 +71,7 @@ __device__ __forceinline__ void ms_group_walk(const ms_group_args &a, uint16_t *
       first = *counter;
       *counter = (uint16_t)(first + __popc(same));
     }
-#ifndef MS_PLANT_GROUP_SYNCWARP
+#ifndef MS_PLANT_11 // the counter may be read before it is written
     __syncwarp(); // the next step's leader is another lane
 #endif
     if (PLACE) {
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(MS_GROUP_THREADS) ms_group_small(const ms_grou
   if (warp < a.chunks) ms_group_walk<false>(a, counters, offset, warp);
   __syncthreads();
   ms_group_scan(a, counters, offset, tiles_before);
-#ifndef MS_PLANT_GROUP_BARRIER
+#ifndef MS_PLANT_12 // offsets may be read before they are written
   __syncthreads();
 #endif
   if (warp < a.chunks) ms_group_walk<true>(a, counters, offset, warp);
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(MS_GROUP_THREADS) ms_group_count(const ms_grou
         first = counters[e];
         counters[e] = (uint16_t)(first + __popc(same));
       }
-#ifndef MS_PLANT_GROUP_TURN
+#ifndef MS_PLANT_13 // warps do not wait for their turn
       __syncthreads();
 #endif
     }

@@ -85,6 +85,9 @@ template <typename Out, int VECTOR> __global__ void __launch_bounds__(MS_COMBINE
         any = true;
       }
       if (a.only_missing && any) continue;
+#ifdef MS_PLANT_14 // rows without an expert are never zeroed
+      if (!any) continue;
+#endif
     }
     ms_columns_store<VECTOR>((Out *)a.to + n * a.D + d, total);
   }

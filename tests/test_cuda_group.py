@@ -212,9 +212,7 @@ def test_a_tensor_on_the_cpu_is_refused_by_name(stranger):
         inputs = [torch.randn(3, 4), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2)]
         given = [tensor if i == stranger else tensor.as_subclass(OnCuda) for i, tensor in enumerate(inputs)]
         name = ("hidden_states", "top_k_index", "top_k_weights")[stranger]
-        with pytest.raises(
-            moeshard.ArgumentError, match=f"{name}: expected a tensor on cuda:0 .*, got cpu"
-        ):
+        with pytest.raises(moeshard.ArgumentError, match=f"{name}: expected a tensor on cuda:0 .*, got cpu"):
             layer(*given)
         assert group.engine(0)._engine.calls == []
 

@@ -11,9 +11,9 @@
 #define _GNU_SOURCE // pthread_setname_np
 #include "nccl.h"
 
+#include "../status.h"
 #include "nccl_library.h"
 
-#include <cuda_runtime_api.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -48,11 +48,6 @@ static double now(void) {
   struct timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
   return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static ms_status cuda_failed(ms_error *err, const char *call, cudaError_t error) {
-  return ms_fail(err, error == cudaErrorMemoryAllocation ? MS_ENOMEM : MS_ECUDA, "%s: %s (%d)",
-                 call, cudaGetErrorString(error), (int)error);
 }
 
 // ---- failure ------------------------------------------------------------------------------------
@@ -125,7 +120,7 @@ static ms_status mark(nccl_exchange *x, cudaStream_t stream, ms_error *err) {
     error = cudaEventRecord(x->event[(x->oldest + x->pending - 1) % 2], stream);
   }
   if (error == cudaSuccess) return MS_OK;
-  cuda_failed(err, "cudaEventRecord", error);
+  ms_cuda_status(error, "cudaEventRecord", err);
   return give_up(x, err);
 }
 
@@ -141,7 +136,7 @@ static void look(nccl_exchange *x) {
   }
   if (!x->pending) return;
   if (error != cudaErrorNotReady) {
-    cuda_failed(&err, "cudaEventQuery", error);
+    ms_cuda_status(error, "cudaEventQuery", &err);
     give_up(x, &err);
   } else if (now() - x->since > x->timeout) {
     ms_fail(&err, MS_ETIMEOUT,
@@ -176,7 +171,7 @@ static void *watch(void *exchange) {
 static ms_status start_watchdog(nccl_exchange *x, ms_error *err) {
   for (int i = 0; i < 2; i++) {
     cudaError_t error = cudaEventCreateWithFlags(&x->event[i], cudaEventDisableTiming);
-    if (error != cudaSuccess) return cuda_failed(err, "cudaEventCreate", error);
+    if (error != cudaSuccess) return ms_cuda_status(error, "cudaEventCreate", err);
   }
   if (pthread_create(&x->watchdog, NULL, watch, x) != 0)
     return ms_fail(err, MS_ENOMEM, "nccl: cannot start the thread that watches the other ranks");
@@ -315,7 +310,7 @@ ms_status ms_cuda_exchange_nccl(const char *const *search, const char id[MS_NCCL
   cudaError_t error = cudaGetDevice(&before);
   if (error == cudaSuccess) error = cudaSetDevice(device);
   if (error != cudaSuccess) {
-    status = cuda_failed(err, "cudaSetDevice", error);
+    status = ms_cuda_status(error, "cudaSetDevice", err);
   } else {
     nccl_id name;
     memcpy(name.bytes, id, sizeof name.bytes);

