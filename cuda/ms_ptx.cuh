@@ -18,6 +18,13 @@ __device__ __forceinline__ uint32_t ms_here(uint32_t x) {
   return x;
 }
 
+// Store 16 bytes to global memory, at a multiple of 16: as one instruction, which a plain uint4 is not always.
+__device__ __forceinline__ void ms_st128(void *to, uint4 x) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+               "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
+}
+
 // Copy 16 bytes of global memory to shared memory, asynchronously, past the L1 cache; zeros if not `there` (then `from`
 // is not read, but must be a legal address).
 __device__ __forceinline__ void ms_cp_async16(uint32_t to, const void *from, bool there) {

@@ -236,7 +236,7 @@ __device__ __forceinline__ void ms_ffn_store_h(const ms_ffn_args &args, const ms
       if (GATED) h[c] *= up[c] + bias_up[c];
     }
     Storage *to = (Storage *)view.h + (item.tile.first + row) * args.ld_h + item.column + column;
-    *(uint4 *)to = ms_ffn_round(h, (const Storage *)nullptr);
+    ms_st128(to, ms_ffn_round(h, (const Storage *)nullptr));
   }
 }
 
@@ -259,7 +259,7 @@ __device__ __forceinline__ void ms_ffn_store_slots(const ms_ffn_args &args,
     for (int c = 0; c < EACH; c++) y[c] = weight * (y[c] + bias[c]);
     float *to = view.slot + (int64_t)slot * args.D + item.column + column;
     if (args.D % EACH == 0) {
-      *(float4 *)to = make_float4(y[0], y[1], y[2], y[3]);
+      ms_st128(to, ms_ffn_round(y, to));
     } else {
 #pragma unroll
       for (int c = 0; c < EACH; c++)
