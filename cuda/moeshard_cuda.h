@@ -148,7 +148,7 @@ typedef struct ms_cuda_view { // one chunk in the workspace; passed by value to 
 
 enum {
   MS_CUDA_TICKETS = 64,      // int32 counters for the blocks of one launch
-  MS_CUDA_ROUTE_BLOCKS = 128 // blocks that check the routing, at most
+  MS_CUDA_ROUTE_BLOCKS = 256 // blocks that check the routing, at most
 };
 
 ms_cuda_view ms_cuda_view_of(const ms_cuda_shape *shape, const ms_cuda_experts *experts, void *workspace,

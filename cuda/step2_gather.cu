@@ -3,7 +3,7 @@
 #include "step2_gather.cuh"
 #include "status.h"
 
-enum { SLOTS_PER_BLOCK = 8 * MS_GATHER_THREADS, PIECES_PER_BLOCK = 4 * MS_GATHER_THREADS, BLOCKS_PER_SM = 8 };
+enum { SLOTS_PER_BLOCK = MS_GATHER_THREADS, PIECES_PER_BLOCK = 4 * MS_GATHER_THREADS, BLOCKS_PER_SM = 8 };
 
 static int64_t at_most(int64_t x, int64_t most) { return x < most ? x : most; }
 

@@ -6,8 +6,9 @@
 // What the router did wrong is not raised here but written to the header, so that all ranks learn of it and none
 // computes: the smallest (kind, slot), which is what csrc/step1_route.c raises.
 //
-// One launch, 256 threads a block: blocks [0, route_blocks) check and convert the routing, 8 slots a thread and more
-// for large batches; the last of them to finish writes the header. The others copy hidden states, 16 bytes a thread and
+// One launch, 256 threads a block: blocks [0, route_blocks) check and convert the routing, a slot for each thread (8 for
+// each took twice as long on an H200: latencies), more for batches over 65536 slots; the last of them to finish writes
+// the header. The others copy hidden states, 16 bytes a thread and
 // step, rows of D to rows of ld_x (single elements where rows are not a whole number of 16 bytes).
 // Cost: reads and writes T * (D * size + K * 12) bytes: memory bound.
 // Slow twin: csrc/step1_route.c.

@@ -45,10 +45,11 @@ unsigned blocks_of(const ms_cuda_shape *shape, const ms_ffn_args &args, int32_t 
 }
 
 template <bool UP, bool GATED, int ROWS, typename Storage>
-ms_status launch_mma(const ms_cuda_shape *shape, const ms_cuda_view *view, ms_activation activation, void *stream,
-                     ms_error *err) {
+ms_status launch_mma(const ms_cuda_shape *shape, const ms_cuda_view *view, ms_activation activation,
+                     void *stream, ms_error *err) {
   using tile = ms_ffn_tile<ROWS>;
-  static_assert(tile::BM * tile::STAGED * 4 <= tile::BYTES, "the sums of a tile are staged where the stages were");
+  static_assert(tile::BM * tile::STAGED * 4 <= tile::BYTES,
+                "the sums of a tile are staged where the stages were");
   constexpr auto kernel = ms_ffn<UP, GATED, ROWS, Storage>;
   ms_ffn_args args = args_of(shape, UP, GATED ? tile::BN / 2 : tile::BN);
   unsigned blocks = blocks_of(shape, args, 2);
@@ -59,32 +60,34 @@ ms_status launch_mma(const ms_cuda_shape *shape, const ms_cuda_view *view, ms_ac
 }
 
 template <bool UP, bool GATED, int ROWS>
-ms_status launch_fma(const ms_cuda_shape *shape, const ms_cuda_view *view, ms_activation activation, void *stream,
-                     ms_error *err) {
+ms_status launch_fma(const ms_cuda_shape *shape, const ms_cuda_view *view, ms_activation activation,
+                     void *stream, ms_error *err) {
   ms_ffn_args args = args_of(shape, UP, GATED ? MS_FMA_BN / 2 : MS_FMA_BN);
   unsigned blocks = blocks_of(shape, args, 4);
   if (blocks == 0) return MS_OK;
-  ms_ffn_fma<UP, GATED, ROWS><<<blocks, MS_FMA_THREADS, 0, (cudaStream_t)stream>>>(args, *view, activation);
+  ms_ffn_fma<UP, GATED, ROWS>
+      <<<blocks, MS_FMA_THREADS, 0, (cudaStream_t)stream>>>(args, *view, activation);
   return ms_cuda_status(cudaGetLastError(), UP ? "ffn: up" : "ffn: down", err);
 }
 
 template <bool UP, bool GATED, int ROWS>
-ms_status choose_math(const ms_cuda_shape *shape, const ms_cuda_view *view, ms_activation activation, void *stream,
-                      ms_error *err) {
+ms_status choose_math(const ms_cuda_shape *shape, const ms_cuda_view *view,
+                      ms_activation activation, void *stream, ms_error *err) {
   switch (shape->math) {
   case MS_CUDA_FMA:
     return launch_fma<UP, GATED, ROWS>(shape, view, activation, stream, err);
   case MS_CUDA_TF32:
     return launch_mma<UP, GATED, ROWS, float>(shape, view, activation, stream, err);
   default:
-    return shape->dtype == MS_BF16 ? launch_mma<UP, GATED, ROWS, __nv_bfloat16>(shape, view, activation, stream, err)
-                                   : launch_mma<UP, GATED, ROWS, __half>(shape, view, activation, stream, err);
+    return shape->dtype == MS_BF16
+               ? launch_mma<UP, GATED, ROWS, __nv_bfloat16>(shape, view, activation, stream, err)
+               : launch_mma<UP, GATED, ROWS, __half>(shape, view, activation, stream, err);
   }
 }
 
 template <bool UP, bool GATED>
-ms_status choose_rows(const ms_cuda_shape *shape, const ms_cuda_view *view, ms_activation activation, void *stream,
-                      ms_error *err) {
+ms_status choose_rows(const ms_cuda_shape *shape, const ms_cuda_view *view,
+                      ms_activation activation, void *stream, ms_error *err) {
   switch (shape->tile_rows) {
   case 16:
     return choose_math<UP, GATED, 16>(shape, view, activation, stream, err);
@@ -97,16 +100,18 @@ ms_status choose_rows(const ms_cuda_shape *shape, const ms_cuda_view *view, ms_a
 
 } // namespace
 
-ms_status ms_cuda_ffn_up(const ms_cuda_shape *shape, const ms_cuda_view *view, ms_activation activation, void *stream,
-                         ms_error *err) {
+ms_status ms_cuda_ffn_up(const ms_cuda_shape *shape, const ms_cuda_view *view,
+                         ms_activation activation, void *stream, ms_error *err) {
 #ifdef MS_CUDA_SM90
-  if (shape->math == MS_CUDA_WGMMA) return ms_cuda_ffn_up_sm90(shape, view, activation, stream, err);
+  if (shape->math == MS_CUDA_WGMMA)
+    return ms_cuda_ffn_up_sm90(shape, view, activation, stream, err);
 #endif
   return shape->gated ? choose_rows<true, true>(shape, view, activation, stream, err)
                       : choose_rows<true, false>(shape, view, activation, stream, err);
 }
 
-ms_status ms_cuda_ffn_down(const ms_cuda_shape *shape, const ms_cuda_view *view, void *stream, ms_error *err) {
+ms_status ms_cuda_ffn_down(const ms_cuda_shape *shape, const ms_cuda_view *view, void *stream,
+                           ms_error *err) {
 #ifdef MS_CUDA_SM90
   if (shape->math == MS_CUDA_WGMMA) return ms_cuda_ffn_down_sm90(shape, view, stream, err);
 #endif

@@ -60,11 +60,14 @@ template <bool UP, bool GATED, int ROWS, typename Storage> struct ms_ffn_copies 
   using tile = ms_ffn_tile<ROWS>;
   enum : int32_t { A_COPIES = tile::BM / tile::LINES, B_COPIES = tile::BN / tile::LINES };
   const char *a_base, *b;
-  uint32_t a[A_COPIES];   // pieces from a_base to the row: half the registers of pointers, and reaches 64 GiB
-  int64_t b_stride, b_up; // bytes to the next 8 columns (gated) or LINES columns; from gate rows to up rows
+  // pieces from a_base to the row: half the registers of pointers, and reaches 64 GiB
+  uint32_t a[A_COPIES];
+  int64_t b_stride; // bytes to the next 8 columns (gated) or LINES columns
+  int64_t b_up;     // bytes from gate rows to up rows
   int32_t a_rows, b_columns, depth, line, piece;
 
-  __device__ __forceinline__ void start(const ms_ffn_args &args, const ms_cuda_view &view, const ms_ffn_item &item) {
+  __device__ __forceinline__ void start(const ms_ffn_args &args, const ms_cuda_view &view,
+                                        const ms_ffn_item &item) {
     const int32_t size = sizeof(Storage);
     line = threadIdx.x / tile::PIECES, piece = threadIdx.x % tile::PIECES;
     a_rows = item.tile.rows - line;
@@ -72,14 +75,16 @@ template <bool UP, bool GATED, int ROWS, typename Storage> struct ms_ffn_copies 
 #pragma unroll
     for (int i = 0; i < A_COPIES; i++) {
       bool there = i * tile::LINES < a_rows;
-      const char *row = ms_ffn_row<UP>(args, view, item.tile.first + (there ? line + i * tile::LINES : 0), size);
+      const char *row =
+          ms_ffn_row<UP>(args, view, item.tile.first + (there ? line + i * tile::LINES : 0), size);
       a[i] = (uint32_t)((row - a_base) / MS_FFN_PIECE);
     }
     const ms_cuda_expert &e = item.expert;
     int64_t row_bytes = (UP ? args.ld_x : e.ld_out) * size; // ld_in is ld_x
     bool up_line = GATED && line % 16 >= 8;
     int32_t column = GATED ? line % 8 : line; // within the block
-    b = (const char *)(UP ? e.w_in : e.w_out) + (item.column + column + (up_line ? e.width : 0)) * row_bytes;
+    b = (const char *)(UP ? e.w_in : e.w_out) +
+        (item.column + column + (up_line ? e.width : 0)) * row_bytes;
     b_stride = (GATED ? 8 : (int32_t)tile::LINES) * row_bytes;
     b_up = e.width * row_bytes;
     b_columns = item.columns - column;
@@ -95,7 +100,8 @@ template <bool UP, bool GATED, int ROWS, typename Storage> struct ms_ffn_copies 
 #pragma unroll
     for (int i = 0; i < A_COPIES; i++)
       ms_cp_async16(stage + ms_ffn_at<tile::BK>(line + i * tile::LINES, piece),
-                    a_from + (int64_t)ms_here(a[i]) * MS_FFN_PIECE, inside && i * tile::LINES < a_rows);
+                    a_from + (int64_t)ms_here(a[i]) * MS_FFN_PIECE,
+                    inside && i * tile::LINES < a_rows);
     stage += tile::BM * tile::BK;
 #pragma unroll
     for (int i = 0; i < B_COPIES; i++) {
@@ -114,13 +120,17 @@ template <bool UP, bool GATED, int ROWS, typename Storage> struct ms_ffn_copies 
 
 // sums += the stage's A . B^T, this warp's part. n8 tile 2j and 2j + 1 of the warp: B rows 16j .. 16j + 15.
 template <int ROWS, typename Storage>
-__device__ __forceinline__ void ms_ffn_multiply(uint32_t stage,
-                                                float (&sum)[ms_ffn_tile<ROWS>::M16][2 * ms_ffn_tile<ROWS>::N16][4]) {
+__device__ __forceinline__ void
+ms_ffn_multiply(uint32_t stage,
+                float (&sum)[ms_ffn_tile<ROWS>::M16][2 * ms_ffn_tile<ROWS>::N16][4]) {
   using tile = ms_ffn_tile<ROWS>;
   const int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int32_t m0 = warp / tile::WARPS_N * tile::M16 * 16, n0 = warp % tile::WARPS_N * tile::N16 * 16;
+  const int32_t m0 = warp / tile::WARPS_N * tile::M16 * 16,
+                n0 = warp % tile::WARPS_N * tile::N16 * 16;
   const uint32_t b_stage = stage + tile::BM * tile::BK;
-#pragma unroll (sizeof(Storage) == 4 && ROWS == 128 ? 2 : tile::PIECES / 2) // tf32: rounding takes registers, else they spill
+  // tf32: rounding takes registers; all four steps at a time would spill
+  constexpr int UNROLL = sizeof(Storage) == 4 && ROWS == 128 ? 2 : tile::PIECES / 2;
+#pragma unroll UNROLL
   for (int k = 0; k < tile::PIECES; k += 2) {
     uint32_t a[tile::M16][4];
 #pragma unroll
@@ -131,7 +141,8 @@ __device__ __forceinline__ void ms_ffn_multiply(uint32_t stage,
 #pragma unroll
     for (int n = 0; n < tile::N16; n++) {
       uint32_t b[4];
-      ms_ldmatrix4(b, b_stage + ms_ffn_at<tile::BK>(n0 + n * 16 + lane % 8 + lane / 16 * 8, k + lane / 8 % 2));
+      ms_ldmatrix4(b, b_stage + ms_ffn_at<tile::BK>(n0 + n * 16 + lane % 8 + lane / 16 * 8,
+                                                    k + lane / 8 % 2));
       ms_operands(b, (const Storage *)nullptr);
 #pragma unroll
       for (int m = 0; m < tile::M16; m++) {
@@ -148,8 +159,9 @@ __device__ __forceinline__ void ms_ffn_multiply(uint32_t stage,
 
 // The sums as they are; gated: gate columns in the left half, up columns in the right.
 template <bool GATED, int ROWS>
-__device__ __forceinline__ void ms_ffn_stage_sums(float *staged,
-                                                  const float (&sum)[ms_ffn_tile<ROWS>::M16][2 * ms_ffn_tile<ROWS>::N16][4]) {
+__device__ __forceinline__ void
+ms_ffn_stage_sums(float *staged,
+                  const float (&sum)[ms_ffn_tile<ROWS>::M16][2 * ms_ffn_tile<ROWS>::N16][4]) {
   using tile = ms_ffn_tile<ROWS>;
   const int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int32_t row = warp / tile::WARPS_N * tile::M16 * 16 + lane / 4;
@@ -161,12 +173,14 @@ __device__ __forceinline__ void ms_ffn_stage_sums(float *staged,
     for (int g = 0; g < 2 * tile::N16; g++)
 #pragma unroll
       for (int half = 0; half < 2; half++)
-        *(float2 *)(to + (m * 16 + half * 8) * tile::STAGED + (GATED ? g / 2 * 8 + g % 2 * (tile::BN / 2) : g * 8)) =
+        *(float2 *)(to + (m * 16 + half * 8) * tile::STAGED +
+                    (GATED ? g / 2 * 8 + g % 2 * (tile::BN / 2) : g * 8)) =
             make_float2(sum[m][g][2 * half], sum[m][g][2 * half + 1]);
 }
 
 // COUNT staged sums; of 8, every other 4 lanes take the second half first: no bank is asked twice.
-template <int COUNT> __device__ __forceinline__ void ms_ffn_staged(const float *from, float (&to)[COUNT]) {
+template <int COUNT>
+__device__ __forceinline__ void ms_ffn_staged(const float *from, float (&to)[COUNT]) {
   const int32_t flip = COUNT == 8 ? threadIdx.x / 4 % 2 : 0;
   float4 first = ((const float4 *)from)[flip], second = first;
   if (COUNT == 8) {
@@ -177,22 +191,27 @@ template <int COUNT> __device__ __forceinline__ void ms_ffn_staged(const float *
     }
   }
   to[0] = first.x, to[1] = first.y, to[2] = first.z, to[3] = first.w;
-  if (COUNT == 8) to[COUNT - 4] = second.x, to[COUNT - 3] = second.y, to[COUNT - 2] = second.z, to[COUNT - 1] = second.w;
+  if (COUNT == 8)
+    to[COUNT - 4] = second.x, to[COUNT - 3] = second.y, to[COUNT - 2] = second.z,
+               to[COUNT - 1] = second.w;
 }
 
 // COUNT biases from `column` on; 0 beyond the columns and where there is none.
 template <int COUNT>
-__device__ __forceinline__ void ms_ffn_biases(const float *bias, int32_t column, int32_t columns, float (&to)[COUNT]) {
+__device__ __forceinline__ void ms_ffn_biases(const float *bias, int32_t column, int32_t columns,
+                                              float (&to)[COUNT]) {
 #pragma unroll
   for (int c = 0; c < COUNT; c++) to[c] = bias && column + c < columns ? bias[column + c] : 0.f;
 }
 
 __device__ __forceinline__ uint4 ms_ffn_round(const float (&x)[4], const float *) {
-  return make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3]));
+  return make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]),
+                    __float_as_uint(x[3]));
 }
-template <typename Storage> __device__ __forceinline__ uint4 ms_ffn_round(const float (&x)[8], const Storage *) {
-  return make_uint4(ms_round2<Storage>(x[0], x[1]), ms_round2<Storage>(x[2], x[3]), ms_round2<Storage>(x[4], x[5]),
-                    ms_round2<Storage>(x[6], x[7]));
+template <typename Storage>
+__device__ __forceinline__ uint4 ms_ffn_round(const float (&x)[8], const Storage *) {
+  return make_uint4(ms_round2<Storage>(x[0], x[1]), ms_round2<Storage>(x[2], x[3]),
+                    ms_round2<Storage>(x[4], x[5]), ms_round2<Storage>(x[6], x[7]));
 }
 
 template <bool GATED, int ROWS, typename Storage, ms_activation ACTIVATION>
@@ -205,7 +224,8 @@ __device__ __forceinline__ void ms_ffn_store_h(const ms_ffn_args &args, const ms
   const float *b_in = item.expert.b_in ? item.expert.b_in + item.column : nullptr;
   float bias[EACH], bias_up[EACH];
   ms_ffn_biases<EACH>(b_in, column, item.columns, bias);
-  if (GATED) ms_ffn_biases<EACH>(b_in ? b_in + item.expert.width : b_in, column, item.columns, bias_up);
+  if (GATED)
+    ms_ffn_biases<EACH>(b_in ? b_in + item.expert.width : b_in, column, item.columns, bias_up);
   for (int32_t row = threadIdx.x / PIECES; row < item.tile.rows; row += MS_FFN_THREADS / PIECES) {
     float h[EACH], up[EACH];
     ms_ffn_staged<EACH>(staged + row * tile::STAGED + column, h);
@@ -216,19 +236,21 @@ __device__ __forceinline__ void ms_ffn_store_h(const ms_ffn_args &args, const ms
       if (GATED) h[c] *= up[c] + bias_up[c];
     }
     Storage *to = (Storage *)view.h + (item.tile.first + row) * args.ld_h + item.column + column;
-    *(uint4 *)to = ms_ffn_round(h, (const Storage *)nullptr);
+    ms_st128(to, ms_ffn_round(h, (const Storage *)nullptr));
   }
 }
 
 template <int ROWS>
-__device__ __forceinline__ void ms_ffn_store_slots(const ms_ffn_args &args, const ms_cuda_view &view,
+__device__ __forceinline__ void ms_ffn_store_slots(const ms_ffn_args &args,
+                                                   const ms_cuda_view &view,
                                                    const ms_ffn_item &item, const float *staged) {
   using tile = ms_ffn_tile<ROWS>;
   constexpr int32_t EACH = 4, PIECES = tile::BN / EACH;
   const int32_t column = threadIdx.x % PIECES * EACH;
   if (column >= item.columns) return;
   float bias[EACH];
-  ms_ffn_biases<EACH>(item.expert.b_out ? item.expert.b_out + item.column : nullptr, column, item.columns, bias);
+  ms_ffn_biases<EACH>(item.expert.b_out ? item.expert.b_out + item.column : nullptr, column,
+                      item.columns, bias);
   for (int32_t row = threadIdx.x / PIECES; row < item.tile.rows; row += MS_FFN_THREADS / PIECES) {
     int32_t slot = view.order[item.tile.first + row];
     float weight = ms_ffn_weight(args, view, slot), y[EACH];
@@ -237,7 +259,7 @@ __device__ __forceinline__ void ms_ffn_store_slots(const ms_ffn_args &args, cons
     for (int c = 0; c < EACH; c++) y[c] = weight * (y[c] + bias[c]);
     float *to = view.slot + (int64_t)slot * args.D + item.column + column;
     if (args.D % EACH == 0) {
-      *(float4 *)to = make_float4(y[0], y[1], y[2], y[3]);
+      ms_st128(to, ms_ffn_round(y, to));
     } else {
 #pragma unroll
       for (int c = 0; c < EACH; c++)
@@ -281,7 +303,8 @@ __global__ void __launch_bounds__(MS_FFN_THREADS, 2)
     ms_ffn_stage_sums<GATED, ROWS>(staged, sum);
     __syncthreads();
     if (UP) {
-      MS_FOR_ACTIVATION(activation, (ms_ffn_store_h<GATED, ROWS, Storage, ACT>(args, view, item, staged)));
+      MS_FOR_ACTIVATION(activation,
+                        (ms_ffn_store_h<GATED, ROWS, Storage, ACT>(args, view, item, staged)));
     } else {
       ms_ffn_store_slots<ROWS>(args, view, item, staged);
     }

@@ -27,7 +27,7 @@ template <int ROWS> struct ms_fma_tile {
     A_STRIDE = ROWS + 4,
     B_STRIDE = MS_FMA_BN + 4,
     A_LOADS = (ROWS * MS_FMA_BK / 4 + MS_FMA_THREADS - 1) / MS_FMA_THREADS, // of 16 bytes, a thread
-    STAGE = MS_FMA_BK * (A_STRIDE + B_STRIDE) // floats
+    STAGE = MS_FMA_BK * (A_STRIDE + B_STRIDE)                               // floats
   };
 };
 
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(MS_FMA_THREADS)
   using tile = ms_fma_tile<ROWS>;
   __shared__ __align__(16) float shared[2][tile::STAGE];
   const int32_t tiles = *view.tile_count, thread = threadIdx.x;
-  const int32_t tm = thread / 16, tn = thread % 16; // this thread's rows tm * M ..., columns tn * 4 ...
+  const int32_t tm = thread / 16, tn = thread % 16; // rows tm * M ..., columns tn * 4 ...
   for (int32_t i = blockIdx.x; i < tiles * args.blocks; i += gridDim.x) {
     ms_ffn_item item;
     if (!ms_ffn_item_of<UP, MS_FMA_BAND>(args, view, i, tiles, item)) continue;
@@ -58,12 +58,16 @@ __global__ void __launch_bounds__(MS_FMA_THREADS)
     for (int l = 0; l < tile::A_LOADS; l++) {
       int32_t row = line + l * 64;
       a_there[l] = row < ROWS && row < item.tile.rows;
-      a_row[l] = (const float *)ms_ffn_row<UP>(args, view, item.tile.first + (a_there[l] ? row : 0), 4) + k4;
+      a_row[l] =
+          (const float *)ms_ffn_row<UP>(args, view, item.tile.first + (a_there[l] ? row : 0), 4) +
+          k4;
     }
     const int32_t b_column = ms_fma_column<GATED>(line);
     const bool b_there = b_column < item.columns, b_up = GATED && line % 4 >= 2;
     const float *b_row = (const float *)(UP ? e.w_in : e.w_out) + k4 +
-                         (b_there ? (item.column + b_column + (b_up ? e.width : 0)) * (UP ? args.ld_x : (int64_t)e.ld_out) : 0);
+                         (b_there ? (item.column + b_column + (b_up ? e.width : 0)) *
+                                        (UP ? args.ld_x : (int64_t)e.ld_out)
+                                  : 0);
     float4 a_next[tile::A_LOADS], b_next;
     auto load = [&](int32_t k) {
       bool inside = k + k4 < item.depth; // rows are padded with zeros to 16 bytes
@@ -140,7 +144,8 @@ __global__ void __launch_bounds__(MS_FMA_THREADS)
         });
         float *to = (float *)view.h + at * args.ld_h + item.column + column;
         for (int c = 0; c < count; c += 2) // columns up to ld_h, a multiple of 4, are zeros
-          if (column + c < (item.columns + 3) / 4 * 4) *(float2 *)(to + c) = make_float2(h[c], h[c + 1]);
+          if (column + c < (item.columns + 3) / 4 * 4)
+            *(float2 *)(to + c) = make_float2(h[c], h[c + 1]);
       } else {
         int32_t slot = view.order[at];
         float weight = ms_ffn_weight(args, view, slot);

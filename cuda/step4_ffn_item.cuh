@@ -12,7 +12,8 @@
 typedef struct ms_ffn_args { // of one launch, beside the view
   int64_t message_bytes, weight_at, ld_x, ld_h;
   int32_t T, K, D;
-  int32_t block, blocks; // columns of an item (of H: up; of D: down); such blocks of the widest expert
+  int32_t block;  // columns of an item (of H: up; of D: down)
+  int32_t blocks; // such blocks of the widest expert
 } ms_ffn_args;
 
 typedef struct ms_ffn_item {
@@ -25,8 +26,8 @@ typedef struct ms_ffn_item {
 
 // Item i, or false if its expert is too narrow for the column block.
 template <bool UP, int BAND>
-__device__ __forceinline__ bool ms_ffn_item_of(const ms_ffn_args &args, const ms_cuda_view &view, int32_t i,
-                                               int32_t tiles, ms_ffn_item &item) {
+__device__ __forceinline__ bool ms_ffn_item_of(const ms_ffn_args &args, const ms_cuda_view &view,
+                                               int32_t i, int32_t tiles, ms_ffn_item &item) {
   int32_t first = i / (BAND * args.blocks) * BAND, at = i % (BAND * args.blocks);
   int32_t band = tiles - first < BAND ? tiles - first : BAND;
   item.tile = view.tiles[first + at % band];
@@ -39,17 +40,19 @@ __device__ __forceinline__ bool ms_ffn_item_of(const ms_ffn_args &args, const ms
 
 // Where the left row of position `at` in the order begins: a token (up) or a row of H (down).
 template <bool UP>
-__device__ __forceinline__ const char *ms_ffn_row(const ms_ffn_args &args, const ms_cuda_view &view, int32_t at,
-                                                  int32_t size) {
+__device__ __forceinline__ const char *ms_ffn_row(const ms_ffn_args &args, const ms_cuda_view &view,
+                                                  int32_t at, int32_t size) {
   if (!UP) return view.h + at * args.ld_h * size;
   int32_t token = view.order[at] / args.K, rank = token / args.T;
   return view.hidden + rank * view.hidden_stride + (token - rank * args.T) * args.ld_x * size;
 }
 
 // The routing weight of a slot.
-__device__ __forceinline__ float ms_ffn_weight(const ms_ffn_args &args, const ms_cuda_view &view, int32_t slot) {
+__device__ __forceinline__ float ms_ffn_weight(const ms_ffn_args &args, const ms_cuda_view &view,
+                                               int32_t slot) {
   int32_t rank = slot / (args.T * args.K);
-  return ((const float *)(view.messages + rank * args.message_bytes + args.weight_at))[slot - rank * args.T * args.K];
+  return ((const float *)(view.messages + rank * args.message_bytes +
+                          args.weight_at))[slot - rank * args.T * args.K];
 }
 
 #endif

@@ -21,7 +21,7 @@
 //   stage, 128-row tiles: A [128 rows][128 bytes] B [256 rows][128 bytes], pieces swizzled by row % 8: 48 KiB, 4 of
 //   them; 64-row tiles: 40 KiB, 5 of them. Beside them 2 KiB for each multiplying warp, through which its results
 //   become whole lines. One block fits: 209 (217) KiB of 227.
-//   Registers: 168 at launch, then 64 for the copying threads and 216 for the others (128 sums each).
+//   Registers: 168 at launch, then 72 for the copying threads and 216 for the others (128 sums each).
 //
 // Gated: B interleaves 8 gate columns and 8 up columns, so that both sums of a hidden column meet in one thread.
 //
@@ -43,7 +43,7 @@
 
 enum : int32_t {
   MS_SM90_THREADS = 384,
-  MS_SM90_COPY_REGISTERS = 64,
+  MS_SM90_COPY_REGISTERS = 72,
   MS_SM90_MULTIPLY_REGISTERS = 216,
   MS_SM90_COLUMNS = 256, // of B in a stage
   MS_SM90_BAND = 16,     // tiles that share their column blocks
@@ -61,7 +61,8 @@ template <int ROWS> struct ms_sm90_shared {
     STAGING_AT = STAGES * STAGE,
     FULL_AT = STAGING_AT + 8 * MS_SM90_STAGING,
     EMPTY_AT = FULL_AT + STAGES * 8,
-    BYTES = EMPTY_AT + STAGES * 8 + 1024 // the base is rounded up
+    HEAD_AT = EMPTY_AT + STAGES * 8,
+    BYTES = HEAD_AT + STAGES * 32 + 1024 // the base is rounded up
   };
 };
 
@@ -82,7 +83,14 @@ struct ms_sm90_item {
   int32_t steps;  // of K, at least one: of zeros if there is no K
 };
 
-// What one launch multiplies. `columns`: of the widest expert (up) or D (down).
+// What the multiplying warps must know of an item: lies beside its first stage, and is given back with it.
+struct __align__(16) ms_sm90_head {
+  int32_t first, rows, column, steps; // no steps: there is no more
+  int32_t width, unused;
+  const float *bias;
+};
+
+// What one launch multiplies.
 struct ms_sm90_launch {
   int64_t T, K, ld_in, ld_x;
   int64_t message_bytes, weight_at, ld_h;
@@ -116,22 +124,32 @@ template <int ROWS> struct ms_sm90_copies {
   int32_t depth;                // bytes of K in a row, less those before this thread's piece
 };
 
+// The slot of the row whose address this lane finds for its warp: of rows line % 4 + 16 i, lane line % 4 + 4 i.
+__device__ __forceinline__ int32_t ms_sm90_slot_of(const ms_cuda_view &view, const ms_sm90_item &item) {
+  int32_t row = threadIdx.x / 32 * 4 + threadIdx.x % 4 + threadIdx.x % 32 / 4 * 16;
+  return view.order[item.tile.first + (row < item.tile.rows ? row : 0)];
+}
+
+// slot: ms_sm90_slot_of, loaded before, so that nobody waits for it here. All lanes of the warp.
 template <bool UP, bool GATED, int ROWS>
 __device__ __forceinline__ ms_sm90_copies<ROWS> ms_sm90_copies_of(const ms_sm90_launch &launch,
                                                                   const ms_cuda_view &view, const ms_sm90_item &item,
-                                                                  int32_t thread) {
+                                                                  int32_t slot) {
   ms_sm90_copies<ROWS> copies;
-  int32_t line = thread / 8, piece = thread % 8;
+  int32_t line = threadIdx.x / 8, piece = threadIdx.x % 8;
+  uint32_t own_row = 0;
+  if (UP) {
+    int32_t token = slot / (int32_t)launch.K, rank = token / (int32_t)launch.T;
+    own_row = (uint32_t)((rank * view.hidden_stride + (token - rank * launch.T) * launch.ld_x * 2) / 16);
+  }
   copies.a_base = (UP ? view.hidden : view.h) + piece * 16;
   copies.a_rows = item.tile.rows - line;
 #pragma unroll
   for (int i = 0; i < ROWS / 16; i++) {
-    int32_t row = item.tile.first + (16 * i < copies.a_rows ? line + 16 * i : 0);
-    if (UP) {
-      int32_t token = view.order[row] / (int32_t)launch.K, rank = token / (int32_t)launch.T;
-      copies.a_row[i] = (uint32_t)((rank * view.hidden_stride + (token - rank * launch.T) * launch.ld_x * 2) / 16);
-    } else
-      copies.a_row[i] = (uint32_t)(row * launch.ld_h / 8);
+    if (UP)
+      copies.a_row[i] = __shfl_sync(~0u, own_row, line % 4 + 4 * i);
+    else
+      copies.a_row[i] = (uint32_t)((item.tile.first + (16 * i < copies.a_rows ? line + 16 * i : 0)) * launch.ld_h / 8);
   }
   const ms_cuda_expert &expert = item.expert;
   int64_t ld = UP ? launch.ld_in : expert.ld_out;
@@ -166,7 +184,7 @@ template <bool UP, bool GATED, int ROWS>
 __device__ __forceinline__ void ms_sm90_copy(const ms_sm90_launch &launch, const ms_cuda_view &view, uint32_t shared,
                                              int32_t tiles) {
   using layout = ms_sm90_shared<ROWS>;
-  int32_t thread = threadIdx.x % 128, line = thread / 8, piece = thread % 8;
+  int32_t line = threadIdx.x / 8, piece = threadIdx.x % 8;
 #ifdef MS_PLANT_2 // a swizzle that differs from the tensor cores'
   uint32_t own = shared + line * MS_SM90_ROW + ((piece ^ (line / 2 % 8)) * 16);
 #else
@@ -182,12 +200,26 @@ __device__ __forceinline__ void ms_sm90_copy(const ms_sm90_launch &launch, const
     if (threadIdx.x % 32 == 0) ms_mbarrier_arrive(shared + layout::FULL_AT + landed.stage * 8);
     landed.next();
   };
-  for (int32_t i = blockIdx.x; i < tiles * launch.blocks; i += gridDim.x) {
-    ms_sm90_item item;
-    if (!ms_sm90_item_of<UP>(launch, view, i, tiles, item)) continue;
-    auto copies = ms_sm90_copies_of<UP, GATED, ROWS>(launch, view, item, thread);
-    for (int32_t step = 0; step < item.steps; step++) {
+  auto head = [&] { return (ms_sm90_head *)__cvta_shared_to_generic(shared + layout::HEAD_AT + ring.stage * 32); };
+  int32_t i = blockIdx.x, slot = 0;
+  ms_sm90_item next;
+  auto find = [&] { // the next item, and its order's first loads: long before they are needed
+    for (; i < tiles * launch.blocks; i += gridDim.x) {
+      if (!ms_sm90_item_of<UP>(launch, view, i, tiles, next)) continue;
+      if (UP) slot = ms_sm90_slot_of(view, next);
+      i += gridDim.x;
+      return true;
+    }
+    return false;
+  };
+  for (bool there = find(); there;) {
+    auto copies = ms_sm90_copies_of<UP, GATED, ROWS>(launch, view, next, slot);
+    int32_t steps = next.steps;
+    for (int32_t step = 0; step < steps; step++) {
       ms_mbarrier_wait(shared + layout::EMPTY_AT + ring.stage * 8, ring.phase ^ 1);
+      if (step == 0 && threadIdx.x == 0)
+        *head() = {next.tile.first, next.tile.rows,    next.column, steps,
+                   next.expert.width, 0, UP ? next.expert.b_in : next.expert.b_out};
       uint32_t stage = own + ring.stage * layout::STAGE;
       ms_sm90_copy_step<ROWS>(copies, step, stage, stage + layout::A_BYTES);
       ms_copy_commit();
@@ -197,10 +229,14 @@ __device__ __forceinline__ void ms_sm90_copy(const ms_sm90_launch &launch, const
         tell();
       } else
         in_flight++;
+      if (step == 0) there = find();
     }
   }
   ms_copy_wait<0>();
   for (; in_flight > 0; in_flight--) tell();
+  ms_mbarrier_wait(shared + layout::EMPTY_AT + ring.stage * 8, ring.phase ^ 1);
+  if (threadIdx.x == 0) head()->steps = 0;
+  tell();
 }
 
 // ---- products: warpgroups 1 and 2 ------------------------------------------------------------------------------
@@ -222,11 +258,11 @@ __device__ __forceinline__ uint4 ms_sm90_load_staged(uint32_t shared) {
 // H from the sums: 64 columns at a time through the staging area, then 128 bytes of a row by 8 lanes.
 template <typename Storage, ms_activation ACTIVATION, bool GATED, int SUMS>
 __device__ __forceinline__ void ms_sm90_store_h(const ms_sm90_launch &launch, const ms_cuda_view &view,
-                                                const ms_sm90_item &item, const ms_sm90_place &place,
+                                                const ms_sm90_head &item, const ms_sm90_place &place,
                                                 const float (&sum)[SUMS]) {
   constexpr int GROUPS = SUMS / (GATED ? 8 : 4); // of 8 columns of H
-  const int32_t lane = threadIdx.x % 32, width = item.expert.width;
-  const float *bias = item.expert.b_in;
+  const int32_t lane = threadIdx.x % 32, width = item.width;
+  const float *bias = item.bias;
   auto biased = [&](int group, int c, int32_t skip, int at) { // sums c and c + 2 are of one column
     int32_t column = place.column + group * 8 + lane % 4 * 2 + c;
     float add = bias && column < width ? __ldg(bias + (column + skip)) : 0.f;
@@ -264,34 +300,46 @@ __device__ __forceinline__ void ms_sm90_store_h(const ms_sm90_launch &launch, co
       int32_t row = 4 * i + lane / 8;
       uint4 value = ms_sm90_load_staged(ms_sm90_staged(place.staging, row, lane % 8));
 #ifdef MS_PLANT_4 // the last row of a tile is never written
-      if (place.row + row < item.tile.rows - 1 && column < width)
+      if (place.row + row < item.rows - 1 && column < width)
 #else
-      if (place.row + row < item.tile.rows && column < width)
+      if (place.row + row < item.rows && column < width)
 #endif
-        *(uint4 *)(view.h + ((item.tile.first + place.row + row) * launch.ld_h + column) * 2) = value;
+        *(uint4 *)(view.h + ((item.first + place.row + row) * launch.ld_h + column) * 2) = value;
     }
   }
 }
 
-// slot from the sums: 32 columns at a time, as above. This lane stores 4 columns of 4 rows.
-template <int SUMS>
-__device__ __forceinline__ void ms_sm90_store_slots(const ms_sm90_launch &launch, const ms_cuda_view &view,
-                                                    const ms_sm90_item &item, const ms_sm90_place &place,
-                                                    const float (&sum)[SUMS]) {
-  const int32_t lane = threadIdx.x % 32, per_rank = (int32_t)(launch.T * launch.K);
-  const float *bias = item.expert.b_out;
-  float *to[4];
+// The 4 rows of which this lane stores 4 columns at a time: where, and their routing weights.
+struct ms_sm90_slots {
+  int32_t slot[4]; // -1: beyond the tile
   float weight[4];
+};
+
+__device__ __forceinline__ ms_sm90_slots ms_sm90_slots_of(const ms_sm90_launch &launch, const ms_cuda_view &view,
+                                                          const ms_sm90_head &item, const ms_sm90_place &place) {
+  ms_sm90_slots slots;
+  const int32_t per_rank = (int32_t)(launch.T * launch.K);
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    int32_t row = place.row + 4 * i + lane / 8;
-    to[i] = nullptr, weight[i] = 0.f;
-    if (row >= item.tile.rows) continue;
-    int32_t slot = view.order[item.tile.first + row], rank = slot / per_rank;
-    const float *weights = (const float *)(view.messages + rank * launch.message_bytes + launch.weight_at);
-    weight[i] = weights[slot - rank * per_rank];
-    to[i] = view.slot + (int64_t)slot * launch.D;
+    int32_t row = place.row + 4 * i + threadIdx.x % 32 / 8;
+    slots.slot[i] = row < item.rows ? view.order[item.first + row] : -1;
   }
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    int32_t slot = max(0, slots.slot[i]), rank = slot / per_rank;
+    const float *weights = (const float *)(view.messages + rank * launch.message_bytes + launch.weight_at);
+    slots.weight[i] = slots.slot[i] >= 0 ? weights[slot - rank * per_rank] : 0.f;
+  }
+  return slots;
+}
+
+// slot from the sums: 32 columns at a time, as above.
+template <int SUMS>
+__device__ __forceinline__ void ms_sm90_store_slots(const ms_sm90_launch &launch, const ms_cuda_view &view,
+                                                    const ms_sm90_head &item, const ms_sm90_place &place,
+                                                    const ms_sm90_slots &slots, const float (&sum)[SUMS]) {
+  const int32_t lane = threadIdx.x % 32;
+  const float *bias = item.bias;
 #pragma unroll
   for (int chunk = 0; chunk < SUMS / 4; chunk += 4) { // groups of 8 columns
     __syncwarp();
@@ -313,20 +361,23 @@ __device__ __forceinline__ void ms_sm90_store_slots(const ms_sm90_launch &launch
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       uint4 raw = ms_sm90_load_staged(ms_sm90_staged(place.staging, 4 * i + lane / 8, lane % 8));
-      float4 y = make_float4(weight[i] * (__uint_as_float(raw.x) + b[0]), weight[i] * (__uint_as_float(raw.y) + b[1]),
-                             weight[i] * (__uint_as_float(raw.z) + b[2]), weight[i] * (__uint_as_float(raw.w) + b[3]));
+      float w = slots.weight[i];
+      float4 y = make_float4(w * (__uint_as_float(raw.x) + b[0]), w * (__uint_as_float(raw.y) + b[1]),
+                             w * (__uint_as_float(raw.z) + b[2]), w * (__uint_as_float(raw.w) + b[3]));
+      if (slots.slot[i] < 0) continue;
+      float *to = view.slot + (int64_t)slots.slot[i] * launch.D + column;
       if (launch.D % 4 == 0) {
-        if (to[i] && there > 0) *(float4 *)(to[i] + column) = y;
-      } else if (to[i])
+        if (there > 0) *(float4 *)to = y;
+      } else
 #pragma unroll 1
-        for (int c = 0; c < there && c < 4; c++) to[i][column + c] = c == 0 ? y.x : c == 1 ? y.y : c == 2 ? y.z : y.w;
+        for (int c = 0; c < there && c < 4; c++) to[c] = c == 0 ? y.x : c == 1 ? y.y : c == 2 ? y.z : y.w;
     }
   }
 }
 
 template <bool UP, bool GATED, int ROWS, typename Storage>
 __device__ __forceinline__ void ms_sm90_multiply(const ms_sm90_launch &launch, const ms_cuda_view &view,
-                                                 ms_activation activation, uint32_t shared, int32_t tiles) {
+                                                 ms_activation activation, uint32_t shared) {
   using layout = ms_sm90_shared<ROWS>;
   const int32_t group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 - 4; // 0, 1; 0..7
   const bool leader = threadIdx.x % 32 == 0;
@@ -339,21 +390,24 @@ __device__ __forceinline__ void ms_sm90_multiply(const ms_sm90_launch &launch, c
   place.row = (ROWS == 128 ? group * 64 : 0) + warp % 4 * 16;
   ms_sm90_ring<layout::STAGES> ring;
   auto release = [&](uint32_t stage) {
+    __syncwarp();
     if (leader) ms_mbarrier_arrive(shared + layout::EMPTY_AT + stage * 8);
   };
-  for (int32_t i = blockIdx.x; i < tiles * launch.blocks; i += gridDim.x) {
-    ms_sm90_item item;
-    if (!ms_sm90_item_of<UP>(launch, view, i, tiles, item)) continue;
+  for (;;) {
+    ms_mbarrier_wait(shared + layout::FULL_AT + ring.stage * 8, ring.phase);
+    const ms_sm90_head item = *(const ms_sm90_head *)__cvta_shared_to_generic(shared + layout::HEAD_AT + ring.stage * 32);
+    if (item.steps == 0) break;
     place.column = item.column + half;
     // A group whose rows or columns are all beyond the tile only passes the stages on.
-    if (ROWS == 128 ? group * 64 >= item.tile.rows : place.column >= (UP ? item.expert.width : launch.D)) {
+    if (ROWS == 128 ? group * 64 >= item.rows : place.column >= (UP ? item.width : launch.D)) {
       for (int32_t step = 0; step < item.steps; step++, ring.next()) {
         ms_mbarrier_wait(shared + layout::FULL_AT + ring.stage * 8, ring.phase);
-        __syncwarp();
         release(ring.stage);
       }
       continue;
     }
+    ms_sm90_slots slots;
+    if constexpr (!UP) slots = ms_sm90_slots_of(launch, view, item, place);
     float sum[ROWS == 128 ? 128 : 64];
     uint32_t before = 0;
     for (int32_t step = 0; step < item.steps; step++, ring.next()) {
@@ -380,7 +434,7 @@ __device__ __forceinline__ void ms_sm90_multiply(const ms_sm90_launch &launch, c
     if constexpr (UP) {
       MS_FOR_ACTIVATION(activation, (ms_sm90_store_h<Storage, ACT, GATED>(launch, view, item, place, sum)));
     } else
-      ms_sm90_store_slots(launch, view, item, place, sum);
+      ms_sm90_store_slots(launch, view, item, place, slots, sum);
   }
 }
 
@@ -399,13 +453,12 @@ __global__ void __launch_bounds__(MS_SM90_THREADS, 1)
       ms_mbarrier_init(shared + layout::EMPTY_AT + s * 8, 8);
     }
   __syncthreads();
-  const int32_t tiles = *view.tile_count;
   if (threadIdx.x < 128) {
     ms_registers_give<MS_SM90_COPY_REGISTERS>();
-    ms_sm90_copy<UP, GATED, ROWS>(launch, view, shared, tiles);
+    ms_sm90_copy<UP, GATED, ROWS>(launch, view, shared, *view.tile_count);
   } else {
     ms_registers_take<MS_SM90_MULTIPLY_REGISTERS>();
-    ms_sm90_multiply<UP, GATED, ROWS, Storage>(launch, view, activation, shared, tiles);
+    ms_sm90_multiply<UP, GATED, ROWS, Storage>(launch, view, activation, shared);
   }
 }
 

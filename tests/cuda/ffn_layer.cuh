@@ -50,21 +50,29 @@ __host__ __device__ inline float element(uint64_t which, uint64_t row, uint64_t 
 }
 
 template <typename Storage>
-__global__ void fill(Storage *matrix, uint64_t which, int64_t first_row, int64_t rows, int64_t columns, int64_t ld) {
-  for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < rows * ld; i += (int64_t)gridDim.x * blockDim.x)
+__global__ void fill(Storage *matrix, uint64_t which, int64_t first_row, int64_t rows,
+                     int64_t columns, int64_t ld) {
+  for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < rows * ld;
+       i += (int64_t)gridDim.x * blockDim.x)
     matrix[i] = (Storage)(i % ld < columns ? element(which, first_row + i / ld, i % ld) : 0.f);
 }
 
 __global__ void checksum(const uint32_t *words, int64_t count, unsigned long long *sum) {
   unsigned long long own = 0;
-  for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < count; i += (int64_t)gridDim.x * blockDim.x)
+  for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < count;
+       i += (int64_t)gridDim.x * blockDim.x)
     own += (unsigned long long)words[i] * (2 * i + 1);
   atomicAdd(sum, own);
 }
 
 // ---- one layer's operands on the device ---------------------------------------------------------------------------
 
-enum routing { EVEN, SKEWED, ONE, HOLES }; // HOLES: every third expert empty, some slots without an expert
+enum routing {
+  EVEN,
+  SKEWED,
+  ONE,
+  HOLES
+}; // HOLES: every third expert empty, some slots without an expert
 
 struct layer {
   const char *name;
@@ -104,17 +112,23 @@ struct operands {
 int32_t expert_of_slot(const layer &l, int64_t slot) {
   uint32_t h = hash(ROUTE, (uint64_t)slot, 0);
   switch (l.route) {
-  case ONE: return l.E - 1;
-  case SKEWED: return (int32_t)(h % 10 < 6 ? h / 16 % std::max(1, l.E / 10) : h / 16 % l.E);
-  case HOLES: return h % 7 == 0 ? -1 : (int32_t)(h / 16 % l.E) / 3 * 3;
-  default: return (int32_t)(h % l.E);
+  case ONE:
+    return l.E - 1;
+  case SKEWED:
+    return (int32_t)(h % 10 < 6 ? h / 16 % std::max(1, l.E / 10) : h / 16 % l.E);
+  case HOLES:
+    return h % 7 == 0 ? -1 : (int32_t)(h / 16 % l.E) / 3 * 3;
+  default:
+    return (int32_t)(h % l.E);
   }
 }
 
-template <typename Storage> void fill_matrix(void *at, uint64_t which, int64_t first, int64_t rows, int64_t columns,
-                                             int64_t ld) {
+template <typename Storage>
+void fill_matrix(void *at, uint64_t which, int64_t first, int64_t rows, int64_t columns,
+                 int64_t ld) {
   int64_t blocks = std::min<int64_t>((rows * ld + 255) / 256, 4096);
-  if (blocks > 0) fill<Storage><<<(unsigned)blocks, 256>>>((Storage *)at, which, first, rows, columns, ld);
+  if (blocks > 0)
+    fill<Storage><<<(unsigned)blocks, 256>>>((Storage *)at, which, first, rows, columns, ld);
   MUST(cudaGetLastError());
 }
 
@@ -138,15 +152,18 @@ template <typename Storage> void make(const layer &l, operands &o) {
 
   char *messages = o.take<char>(l.R * s.message_bytes);
   for (int32_t r = 0; r < l.R; r++) {
-    fill_matrix<float>(messages + r * s.message_bytes + s.weight_at, WEIGHT, (int64_t)r * l.T, l.T, l.K, l.K);
-    fill_matrix<Storage>(messages + r * s.message_bytes + s.hidden_at, HIDDEN, (int64_t)r * l.T, l.T, l.D, s.ld_x);
+    fill_matrix<float>(messages + r * s.message_bytes + s.weight_at, WEIGHT, (int64_t)r * l.T, l.T,
+                       l.K, l.K);
+    fill_matrix<Storage>(messages + r * s.message_bytes + s.hidden_at, HIDDEN, (int64_t)r * l.T,
+                         l.T, l.D, s.ld_x);
   }
   for (int32_t e = 0; e < l.E; e++) {
     ms_cuda_expert x = {};
     x.width = l.ragged ? std::max(0, l.F - e * 37) : l.F;
     x.ld_out = (x.width + piece - 1) / piece * piece;
     int64_t in_rows = x.width * (l.gated ? 2 : 1);
-    Storage *w_in = o.take<Storage>(in_rows * s.ld_x), *w_out = o.take<Storage>((int64_t)l.D * x.ld_out);
+    Storage *w_in = o.take<Storage>(in_rows * s.ld_x),
+            *w_out = o.take<Storage>((int64_t)l.D * x.ld_out);
     fill_matrix<Storage>(w_in, W_IN, (int64_t)e * 2 * l.F, in_rows, l.D, s.ld_x);
     fill_matrix<Storage>(w_out, W_OUT, (int64_t)e * l.D, l.D, x.width, x.ld_out);
     x.w_in = w_in, x.w_out = w_out;
@@ -166,7 +183,8 @@ template <typename Storage> void make(const layer &l, operands &o) {
   }
   for (int32_t e = 0; e < l.E; e++) {
     int32_t first = (int32_t)o.order.size(), rows = (int32_t)slots_of[(size_t)e].size();
-    for (int32_t at = 0; at < rows; at += l.rows) o.tiles.push_back({e, first + at, std::min(l.rows, rows - at)});
+    for (int32_t at = 0; at < rows; at += l.rows)
+      o.tiles.push_back({e, first + at, std::min(l.rows, rows - at)});
     o.order.insert(o.order.end(), slots_of[(size_t)e].begin(), slots_of[(size_t)e].end());
   }
   std::vector<int32_t> count{(int32_t)o.tiles.size()}, order = o.order;
@@ -197,15 +215,22 @@ void run(const layer &l, const operands &o, bool up, bool down) {
 
 double activate(ms_activation activation, double x) {
   switch (activation) {
-  case MS_RELU: return x > 0 ? x : 0;
-  case MS_GELU: return 0.5 * x * erfc(-x * 0.70710678118654752440);
-  case MS_GELU_TANH: return 0.5 * x * (1 + tanh(0.79788456080286535588 * (x + 0.044715 * x * x * x)));
-  case MS_SILU: return x / (1 + exp(-x));
-  default: return x;
+  case MS_RELU:
+    return x > 0 ? x : 0;
+  case MS_GELU:
+    return 0.5 * x * erfc(-x * 0.70710678118654752440);
+  case MS_GELU_TANH:
+    return 0.5 * x * (1 + tanh(0.79788456080286535588 * (x + 0.044715 * x * x * x)));
+  case MS_SILU:
+    return x / (1 + exp(-x));
+  default:
+    return x;
   }
 }
 
-struct sum { double value, magnitude; };
+struct sum {
+  double value, magnitude;
+};
 
 sum product(const layer &l, int32_t e, int64_t token, int32_t row, int32_t bias) { // row of w_in
   sum s = {l.biased ? element(B_IN, (uint64_t)e, (uint64_t)bias) : 0., 1};
@@ -220,7 +245,9 @@ sum product(const layer &l, int32_t e, int64_t token, int32_t row, int32_t bias)
 // The largest error over its tolerance; NaN never passes. `stride`: check every stride-th row of `order`.
 template <typename Storage> double worst(const layer &l, const operands &o, int32_t stride) {
   const ms_cuda_shape &s = o.shape;
-  const double half_ulp = l.dtype == MS_BF16 ? 1. / 256 : l.dtype == MS_F16 ? 1. / 2048 : 1. / (1 << 24);
+  const double half_ulp = l.dtype == MS_BF16  ? 1. / 256
+                          : l.dtype == MS_F16 ? 1. / 2048
+                                              : 1. / (1 << 24);
   const double cut_up = l.math == MS_CUDA_FMA ? sqrt(l.D + 1.) / (1 << 24) : 3e-5;
   const double cut_down = l.math == MS_CUDA_FMA    ? sqrt(l.F + 1.) / (1 << 24)
                           : l.math == MS_CUDA_TF32 ? 3e-5 + 1. / 2048
@@ -236,8 +263,10 @@ template <typename Storage> double worst(const layer &l, const operands &o, int3
   for (size_t i = 0; i < o.order.size(); i += (size_t)stride) {
     int32_t slot = o.order[i], e = o.expert_of[(size_t)slot], width = o.experts[(size_t)e].width;
     int64_t token = slot / l.K;
-    MUST(cudaMemcpy(h.data(), o.view.h + (int64_t)i * s.ld_h * (int64_t)sizeof(Storage), h.size() * sizeof(Storage), cudaMemcpyDeviceToHost));
-    MUST(cudaMemcpy(y.data(), o.view.slot + (int64_t)slot * l.D, y.size() * 4, cudaMemcpyDeviceToHost));
+    MUST(cudaMemcpy(h.data(), o.view.h + (int64_t)i * s.ld_h * (int64_t)sizeof(Storage),
+                    h.size() * sizeof(Storage), cudaMemcpyDeviceToHost));
+    MUST(cudaMemcpy(y.data(), o.view.slot + (int64_t)slot * l.D, y.size() * 4,
+                    cudaMemcpyDeviceToHost));
     for (int32_t f = 0; f < (width + piece - 1) / piece * piece; f++) {
       if (f >= width) { // zeros up to 16 bytes
         compare((double)(float)h[(size_t)f], 0, 1e-30);
@@ -246,15 +275,17 @@ template <typename Storage> double worst(const layer &l, const operands &o, int3
       sum gate = product(l, e, token, f, f), up = {1, 0};
       if (l.gated) up = product(l, e, token, width + f, width + f);
       double expected = activate(l.activation, gate.value) * up.value;
-      double slack = cut_up * (1.2 * gate.magnitude * fabs(up.value) + fabs(gate.value) * up.magnitude) +
-                     1e-6 * (1 + fabs(up.value)); // the activation's own
+      double slack =
+          cut_up * (1.2 * gate.magnitude * fabs(up.value) + fabs(gate.value) * up.magnitude) +
+          1e-6 * (1 + fabs(up.value)); // the activation's own
       compare((double)(float)h[(size_t)f], expected, half_ulp * fabs(expected) + slack);
     }
     double weight = element(WEIGHT, (uint64_t)token, (uint64_t)(slot % l.K));
     for (int32_t d = 0; d < l.D; d++) {
       double expected = l.biased ? element(B_OUT, (uint64_t)e, (uint64_t)d) : 0, magnitude = 1;
       for (int32_t f = 0; f < width; f++) {
-        double p = (double)(float)h[(size_t)f] * element(W_OUT, (uint64_t)e * l.D + (uint64_t)d, (uint64_t)f);
+        double p = (double)(float)h[(size_t)f] *
+                   element(W_OUT, (uint64_t)e * l.D + (uint64_t)d, (uint64_t)f);
         expected += p, magnitude += fabs(p);
       }
       compare(y[(size_t)d], weight * expected, cut_down * magnitude);
@@ -263,11 +294,13 @@ template <typename Storage> double worst(const layer &l, const operands &o, int3
   return worst;
 }
 
-template <typename Storage> int untouched(const layer &l, const operands &o) { // slots without an expert keep their NaN
+template <typename Storage>
+int untouched(const layer &l, const operands &o) { // slots without an expert keep their NaN
   std::vector<uint32_t> y((size_t)l.D);
   for (int32_t slot = 0; slot < o.shape.slots; slot++) {
     if (o.expert_of[(size_t)slot] >= 0) continue;
-    MUST(cudaMemcpy(y.data(), o.view.slot + (int64_t)slot * l.D, y.size() * 4, cudaMemcpyDeviceToHost));
+    MUST(cudaMemcpy(y.data(), o.view.slot + (int64_t)slot * l.D, y.size() * 4,
+                    cudaMemcpyDeviceToHost));
     for (uint32_t word : y)
       if (word != 0xffffffffu) return 0;
   }

@@ -15,7 +15,9 @@
 namespace {
 
 bool check_any(const layer &l) {
-  return l.dtype == MS_F32 ? check<float>(l) : l.dtype == MS_BF16 ? check<__nv_bfloat16>(l) : check<__half>(l);
+  return l.dtype == MS_F32    ? check<float>(l)
+         : l.dtype == MS_BF16 ? check<__nv_bfloat16>(l)
+                              : check<__half>(l);
 }
 
 // ---- time ---------------------------------------------------------------------------------------------------------
@@ -35,7 +37,8 @@ double bytes_up(const layer &l, const operands &o, double size) {
 double bytes_down(const layer &l, const operands &o, double size) {
   layer plain = l; // w_out has no gate rows
   plain.gated = false;
-  return bytes_up(plain, o, size) - size * (double)o.shape.N * l.D + 4. * (double)o.order.size() * l.D;
+  return bytes_up(plain, o, size) - size * (double)o.shape.N * l.D +
+         4. * (double)o.order.size() * l.D;
 }
 
 template <typename Storage> bool time_one(const layer &l) {
@@ -48,7 +51,8 @@ template <typename Storage> bool time_one(const layer &l) {
   auto time = [&](bool up) {
     std::vector<float> times;
     for (int i = 0; i < 13; i++) {
-      MUST(cudaMemsetAsync(flushed, i, flush)); // the host is ahead while this runs: no launch latency is timed
+      MUST(cudaMemsetAsync(flushed, i,
+                           flush)); // the host is ahead while this runs: no launch latency is timed
       MUST(cudaEventRecord(at[0]));
       run(l, o, up, !up);
       MUST(cudaEventRecord(at[1]));
@@ -65,11 +69,12 @@ template <typename Storage> bool time_one(const layer &l) {
   double error = worst<Storage>(l, o, (int32_t)(o.order.size() / 2 + 1)); // two rows
   bool ok = error <= 1;
   const char *const maths[] = {"fma", "tf32", "mma", "wgmma"};
-  printf("%-4s %-36s %-5s rows %3d  up %8.4f ms %6.1f TFLOP/s %5.0f GB/s  down %8.4f ms %6.1f TFLOP/s %5.0f GB/s  "
+  printf("%-4s %-36s %-5s rows %3d  up %8.4f ms %6.1f TFLOP/s %5.0f GB/s  down %8.4f ms %6.1f "
+         "TFLOP/s %5.0f GB/s  "
          "error / tolerance %.3f\n",
-         ok ? "ok" : "FAIL", l.name, maths[l.math], l.rows, up, (l.gated ? 2 : 1) * flops / up * 1e-9,
-         bytes_up(l, o, sizeof(Storage)) / up * 1e-6, down, flops / down * 1e-9,
-         bytes_down(l, o, sizeof(Storage)) / down * 1e-6, error);
+         ok ? "ok" : "FAIL", l.name, maths[l.math], l.rows, up,
+         (l.gated ? 2 : 1) * flops / up * 1e-9, bytes_up(l, o, sizeof(Storage)) / up * 1e-6, down,
+         flops / down * 1e-9, bytes_down(l, o, sizeof(Storage)) / down * 1e-6, error);
   fflush(stdout);
   return ok;
 }
@@ -99,13 +104,14 @@ bool time_all(const layer &shape) {
 bool repeat(int count) {
   int other = 0;
   for (int32_t rows : {16, 64, 128}) {
-    layer l = {"repeat",  8192, 1,       768,    3072,      8, 2, rows, false, true, true, MS_GELU,
-               MS_BF16, SKEWED, MS_CUDA_MMA};
+    layer l = {"repeat", 8192, 1,    768,     3072,    8,      2,          rows,
+               false,    true, true, MS_GELU, MS_BF16, SKEWED, MS_CUDA_MMA};
     operands o;
     make<__nv_bfloat16>(l, o);
     auto *sums = o.take<unsigned long long>(count, 0);
     for (int i = 0; i < count; i++) {
-      MUST(cudaMemsetAsync(o.view.slot, 0xff, (size_t)(o.shape.slots * l.D) * 4)); // a row not written shows
+      MUST(cudaMemsetAsync(o.view.slot, 0xff,
+                           (size_t)(o.shape.slots * l.D) * 4)); // a row not written shows
       run(l, o, true, true);
       checksum<<<264, 256>>>((const uint32_t *)o.view.slot, o.shape.slots * l.D, sums + i);
       MUST(cudaGetLastError());
@@ -124,48 +130,88 @@ const layer CASES[] = {
     //                                   T  R    D    F  E  K rows gated  biased ragged
     {"one token", 1, 1, 64, 64, 3, 1, 16, false, false, false, MS_RELU, MS_BF16, EVEN, MS_CUDA_MMA},
     {"no token", 0, 1, 64, 64, 3, 1, 16, false, false, false, MS_RELU, MS_BF16, EVEN, MS_CUDA_MMA},
-    {"16 rows, 64 experts, most empty", 7, 1, 96, 160, 64, 2, 16, false, true, false, MS_GELU, MS_F16, EVEN, MS_CUDA_MMA},
-    {"16 rows, many steps", 17, 1, 640, 640, 1, 1, 16, false, false, false, MS_RELU, MS_BF16, ONE, MS_CUDA_MMA},
-    {"16 rows, a full tile", 16, 1, 160, 96, 1, 1, 16, false, true, false, MS_IDENTITY, MS_F16, ONE, MS_CUDA_MMA},
-    {"16 rows, gated, 2 ranks, top 4", 9, 2, 96, 200, 3, 4, 16, true, true, true, MS_SILU, MS_BF16, EVEN, MS_CUDA_MMA},
-    {"16 rows, odd sizes, gated", 15, 1, 37, 75, 2, 2, 16, true, true, true, MS_GELU_TANH, MS_F16, EVEN, MS_CUDA_MMA},
-    {"64 rows, a full tile", 64, 1, 32, 136, 1, 1, 64, false, true, false, MS_GELU, MS_F16, ONE, MS_CUDA_MMA},
-    {"64 rows, one more, many steps", 65, 1, 448, 448, 1, 1, 64, false, false, false, MS_RELU, MS_BF16, ONE, MS_CUDA_MMA},
-    {"64 rows, gated, one less", 63, 1, 104, 200, 1, 1, 64, true, false, false, MS_SILU, MS_F16, ONE, MS_CUDA_MMA},
-    {"64 rows, 2 ranks, top 4", 20, 2, 160, 300, 3, 4, 64, false, true, true, MS_GELU_TANH, MS_BF16, EVEN, MS_CUDA_MMA},
-    {"128 rows, a full tile", 128, 1, 64, 256, 1, 1, 128, false, false, false, MS_RELU, MS_BF16, EVEN, MS_CUDA_MMA},
-    {"128 rows, one less, ragged D", 127, 1, 100, 72, 1, 1, 128, false, true, false, MS_IDENTITY, MS_BF16, EVEN, MS_CUDA_MMA},
-    {"128 rows, one more, odd widths", 129, 1, 37, 301, 2, 1, 128, false, true, true, MS_GELU, MS_F16, ONE, MS_CUDA_MMA},
-    {"128 rows, gated, 2 ranks, top 2", 70, 2, 96, 200, 3, 2, 128, true, true, true, MS_SILU, MS_BF16, EVEN, MS_CUDA_MMA},
-    {"128 rows, many steps", 64, 1, 512, 320, 1, 1, 128, false, false, false, MS_RELU, MS_BF16, EVEN, MS_CUDA_MMA},
-    {"empty experts, slots without one", 150, 1, 200, 96, 8, 2, 128, false, false, false, MS_GELU_TANH, MS_F16, HOLES, MS_CUDA_MMA},
-    {"narrow experts down to no column", 90, 1, 64, 64, 4, 1, 128, false, true, true, MS_RELU, MS_BF16, EVEN, MS_CUDA_MMA},
-    {"narrow experts, 16 rows", 12, 1, 64, 64, 4, 1, 16, false, true, true, MS_RELU, MS_BF16, EVEN, MS_CUDA_MMA},
-    {"tf32, 16 rows, many steps", 17, 1, 320, 320, 1, 1, 16, false, true, false, MS_GELU, MS_F32, ONE, MS_CUDA_TF32},
-    {"tf32, 64 rows, odd sizes, gated", 65, 1, 37, 75, 2, 1, 64, true, true, true, MS_SILU, MS_F32, EVEN, MS_CUDA_TF32},
-    {"tf32, 128 rows, 2 ranks, top 2", 40, 2, 96, 160, 2, 2, 128, false, true, true, MS_RELU, MS_F32, EVEN, MS_CUDA_TF32},
-    {"fma, one token", 1, 1, 32, 64, 3, 1, 16, false, false, false, MS_RELU, MS_F32, EVEN, MS_CUDA_FMA},
-    {"fma, 16 rows, many steps", 17, 1, 256, 256, 1, 1, 16, false, true, false, MS_GELU, MS_F32, ONE, MS_CUDA_FMA},
-    {"fma, 16 rows, gated, 2 ranks, top 4", 3, 2, 64, 96, 3, 4, 16, true, true, true, MS_SILU, MS_F32, EVEN, MS_CUDA_FMA},
-    {"fma, 64 rows, odd sizes, gated", 65, 1, 37, 75, 2, 1, 64, true, true, true, MS_GELU_TANH, MS_F32, ONE, MS_CUDA_FMA},
-    {"fma, 128 rows, holes", 129, 1, 33, 66, 3, 1, 128, false, true, true, MS_IDENTITY, MS_F32, HOLES, MS_CUDA_FMA},
-    {"fma, 128 rows, a full tile", 128, 1, 64, 64, 1, 1, 128, false, true, false, MS_RELU, MS_F32, ONE, MS_CUDA_FMA},
+    {"16 rows, 64 experts, most empty", 7, 1, 96, 160, 64, 2, 16, false, true, false, MS_GELU,
+     MS_F16, EVEN, MS_CUDA_MMA},
+    {"16 rows, many steps", 17, 1, 640, 640, 1, 1, 16, false, false, false, MS_RELU, MS_BF16, ONE,
+     MS_CUDA_MMA},
+    {"16 rows, a full tile", 16, 1, 160, 96, 1, 1, 16, false, true, false, MS_IDENTITY, MS_F16, ONE,
+     MS_CUDA_MMA},
+    {"16 rows, gated, 2 ranks, top 4", 9, 2, 96, 200, 3, 4, 16, true, true, true, MS_SILU, MS_BF16,
+     EVEN, MS_CUDA_MMA},
+    {"16 rows, odd sizes, gated", 15, 1, 37, 75, 2, 2, 16, true, true, true, MS_GELU_TANH, MS_F16,
+     EVEN, MS_CUDA_MMA},
+    {"64 rows, a full tile", 64, 1, 32, 136, 1, 1, 64, false, true, false, MS_GELU, MS_F16, ONE,
+     MS_CUDA_MMA},
+    {"64 rows, one more, many steps", 65, 1, 448, 448, 1, 1, 64, false, false, false, MS_RELU,
+     MS_BF16, ONE, MS_CUDA_MMA},
+    {"64 rows, gated, one less", 63, 1, 104, 200, 1, 1, 64, true, false, false, MS_SILU, MS_F16,
+     ONE, MS_CUDA_MMA},
+    {"64 rows, 2 ranks, top 4", 20, 2, 160, 300, 3, 4, 64, false, true, true, MS_GELU_TANH, MS_BF16,
+     EVEN, MS_CUDA_MMA},
+    {"128 rows, a full tile", 128, 1, 64, 256, 1, 1, 128, false, false, false, MS_RELU, MS_BF16,
+     EVEN, MS_CUDA_MMA},
+    {"128 rows, one less, ragged D", 127, 1, 100, 72, 1, 1, 128, false, true, false, MS_IDENTITY,
+     MS_BF16, EVEN, MS_CUDA_MMA},
+    {"128 rows, one more, odd widths", 129, 1, 37, 301, 2, 1, 128, false, true, true, MS_GELU,
+     MS_F16, ONE, MS_CUDA_MMA},
+    {"128 rows, gated, 2 ranks, top 2", 70, 2, 96, 200, 3, 2, 128, true, true, true, MS_SILU,
+     MS_BF16, EVEN, MS_CUDA_MMA},
+    {"128 rows, many steps", 64, 1, 512, 320, 1, 1, 128, false, false, false, MS_RELU, MS_BF16,
+     EVEN, MS_CUDA_MMA},
+    {"empty experts, slots without one", 150, 1, 200, 96, 8, 2, 128, false, false, false,
+     MS_GELU_TANH, MS_F16, HOLES, MS_CUDA_MMA},
+    {"narrow experts down to no column", 90, 1, 64, 64, 4, 1, 128, false, true, true, MS_RELU,
+     MS_BF16, EVEN, MS_CUDA_MMA},
+    {"narrow experts, 16 rows", 12, 1, 64, 64, 4, 1, 16, false, true, true, MS_RELU, MS_BF16, EVEN,
+     MS_CUDA_MMA},
+    {"tf32, 16 rows, many steps", 17, 1, 320, 320, 1, 1, 16, false, true, false, MS_GELU, MS_F32,
+     ONE, MS_CUDA_TF32},
+    {"tf32, 64 rows, odd sizes, gated", 65, 1, 37, 75, 2, 1, 64, true, true, true, MS_SILU, MS_F32,
+     EVEN, MS_CUDA_TF32},
+    {"tf32, 128 rows, 2 ranks, top 2", 40, 2, 96, 160, 2, 2, 128, false, true, true, MS_RELU,
+     MS_F32, EVEN, MS_CUDA_TF32},
+    {"fma, one token", 1, 1, 32, 64, 3, 1, 16, false, false, false, MS_RELU, MS_F32, EVEN,
+     MS_CUDA_FMA},
+    {"fma, 16 rows, many steps", 17, 1, 256, 256, 1, 1, 16, false, true, false, MS_GELU, MS_F32,
+     ONE, MS_CUDA_FMA},
+    {"fma, 16 rows, gated, 2 ranks, top 4", 3, 2, 64, 96, 3, 4, 16, true, true, true, MS_SILU,
+     MS_F32, EVEN, MS_CUDA_FMA},
+    {"fma, 64 rows, odd sizes, gated", 65, 1, 37, 75, 2, 1, 64, true, true, true, MS_GELU_TANH,
+     MS_F32, ONE, MS_CUDA_FMA},
+    {"fma, 128 rows, holes", 129, 1, 33, 66, 3, 1, 128, false, true, true, MS_IDENTITY, MS_F32,
+     HOLES, MS_CUDA_FMA},
+    {"fma, 128 rows, a full tile", 128, 1, 64, 64, 1, 1, 128, false, true, false, MS_RELU, MS_F32,
+     ONE, MS_CUDA_FMA},
 };
 
-const layer TIMED[] = { // rows, dtype and math: time_all's
-    {"E=8 D=768 F=3072 T=120", 120, 1, 768, 3072, 8, 1, 0, false, false, false, MS_RELU, MS_BF16, EVEN, MS_CUDA_MMA},
-    {"E=8 D=768 F=3072 T=512", 512, 1, 768, 3072, 8, 1, 0, false, false, false, MS_RELU, MS_BF16, EVEN, MS_CUDA_MMA},
-    {"E=8 D=768 F=3072 T=2048", 2048, 1, 768, 3072, 8, 1, 0, false, false, false, MS_RELU, MS_BF16, EVEN, MS_CUDA_MMA},
-    {"E=8 D=768 F=3072 T=8192", 8192, 1, 768, 3072, 8, 1, 0, false, false, false, MS_RELU, MS_BF16, EVEN, MS_CUDA_MMA},
-    {"E=8 D=768 F=3072 T=32768", 32768, 1, 768, 3072, 8, 1, 0, false, false, false, MS_RELU, MS_BF16, EVEN, MS_CUDA_MMA},
-    {"E=8 D=768 F=3072 T=32768 skewed", 32768, 1, 768, 3072, 8, 1, 0, false, false, false, MS_RELU, MS_BF16, SKEWED, MS_CUDA_MMA},
-    {"E=128 D=768 F=3072 T=120", 120, 1, 768, 3072, 128, 1, 0, false, false, false, MS_RELU, MS_BF16, EVEN, MS_CUDA_MMA},
-    {"E=128 D=768 F=3072 T=2048", 2048, 1, 768, 3072, 128, 1, 0, false, false, false, MS_RELU, MS_BF16, EVEN, MS_CUDA_MMA},
-    {"E=128 D=768 F=3072 T=8192", 8192, 1, 768, 3072, 128, 1, 0, false, false, false, MS_RELU, MS_BF16, EVEN, MS_CUDA_MMA},
-    {"E=128 D=768 F=3072 T=32768", 32768, 1, 768, 3072, 128, 1, 0, false, false, false, MS_RELU, MS_BF16, EVEN, MS_CUDA_MMA},
-    {"E=128 D=F=640 top 4 gated T=120", 120, 1, 640, 640, 128, 4, 0, true, true, false, MS_SILU, MS_BF16, EVEN, MS_CUDA_MMA},
-    {"E=128 D=F=640 top 4 gated T=2048", 2048, 1, 640, 640, 128, 4, 0, true, true, false, MS_SILU, MS_BF16, EVEN, MS_CUDA_MMA},
-    {"E=128 D=F=640 top 4 gated T=16384", 16384, 1, 640, 640, 128, 4, 0, true, true, false, MS_SILU, MS_BF16, EVEN, MS_CUDA_MMA},
+const layer TIMED[] = {
+    // rows, dtype and math: time_all's
+    {"E=8 D=768 F=3072 T=120", 120, 1, 768, 3072, 8, 1, 0, false, false, false, MS_RELU, MS_BF16,
+     EVEN, MS_CUDA_MMA},
+    {"E=8 D=768 F=3072 T=512", 512, 1, 768, 3072, 8, 1, 0, false, false, false, MS_RELU, MS_BF16,
+     EVEN, MS_CUDA_MMA},
+    {"E=8 D=768 F=3072 T=2048", 2048, 1, 768, 3072, 8, 1, 0, false, false, false, MS_RELU, MS_BF16,
+     EVEN, MS_CUDA_MMA},
+    {"E=8 D=768 F=3072 T=8192", 8192, 1, 768, 3072, 8, 1, 0, false, false, false, MS_RELU, MS_BF16,
+     EVEN, MS_CUDA_MMA},
+    {"E=8 D=768 F=3072 T=32768", 32768, 1, 768, 3072, 8, 1, 0, false, false, false, MS_RELU,
+     MS_BF16, EVEN, MS_CUDA_MMA},
+    {"E=8 D=768 F=3072 T=32768 skewed", 32768, 1, 768, 3072, 8, 1, 0, false, false, false, MS_RELU,
+     MS_BF16, SKEWED, MS_CUDA_MMA},
+    {"E=128 D=768 F=3072 T=120", 120, 1, 768, 3072, 128, 1, 0, false, false, false, MS_RELU,
+     MS_BF16, EVEN, MS_CUDA_MMA},
+    {"E=128 D=768 F=3072 T=2048", 2048, 1, 768, 3072, 128, 1, 0, false, false, false, MS_RELU,
+     MS_BF16, EVEN, MS_CUDA_MMA},
+    {"E=128 D=768 F=3072 T=8192", 8192, 1, 768, 3072, 128, 1, 0, false, false, false, MS_RELU,
+     MS_BF16, EVEN, MS_CUDA_MMA},
+    {"E=128 D=768 F=3072 T=32768", 32768, 1, 768, 3072, 128, 1, 0, false, false, false, MS_RELU,
+     MS_BF16, EVEN, MS_CUDA_MMA},
+    {"E=128 D=F=640 top 4 gated T=120", 120, 1, 640, 640, 128, 4, 0, true, true, false, MS_SILU,
+     MS_BF16, EVEN, MS_CUDA_MMA},
+    {"E=128 D=F=640 top 4 gated T=2048", 2048, 1, 640, 640, 128, 4, 0, true, true, false, MS_SILU,
+     MS_BF16, EVEN, MS_CUDA_MMA},
+    {"E=128 D=F=640 top 4 gated T=16384", 16384, 1, 640, 640, 128, 4, 0, true, true, false, MS_SILU,
+     MS_BF16, EVEN, MS_CUDA_MMA},
 };
 
 } // namespace
