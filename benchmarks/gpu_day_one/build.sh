@@ -48,7 +48,7 @@ done
 
 if [ "${EXTENSION:-1}" = 1 ]; then
   python=${PYTHON:-python3}
-  MOESHARD_CUDA=1 MOESHARD_CUDA_ARCHS="80;90a+PTX" "$python" setup.py -q build --build-lib "$dir/lib" \
+  MOESHARD_CUDA=1 MOESHARD_CUDA_ARCHS="80;90a+PTX" "$python" benchmarks/gpu_day_one/setup_here.py -q build --build-lib "$dir/lib" \
     --build-temp "$dir/objects/python" >"$dir/objects/extension.log" 2>&1 ||
     { failed+=(extension); tail -5 "$dir/objects/extension.log"; }
 fi
