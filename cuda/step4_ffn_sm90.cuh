@@ -21,7 +21,10 @@
 //   stage, 128-row tiles: A [128 rows][128 bytes] B [256 rows][128 bytes], pieces swizzled by row % 8: 48 KiB, 4 of
 //   them; 64-row tiles: 40 KiB, 5 of them. Beside them 2 KiB for each multiplying warp, through which its results
 //   become whole lines. One block fits: 209 (217) KiB of 227.
-//   Registers: 168 at launch, then 72 for the copying threads and 216 for the others (128 sums each).
+//   Registers: 168 at launch, then 88 for the copying threads and 208 for the others (128 sums each).
+//
+//   The copying warps know the items: while they copy the first step of one they find the next (table, expert, rows),
+//   and write beside each first stage what the multiplying warps must know of it (ms_sm90_head).
 //
 // Gated: B interleaves 8 gate columns and 8 up columns, so that both sums of a hidden column meet in one thread.
 //
@@ -43,8 +46,8 @@
 
 enum : int32_t {
   MS_SM90_THREADS = 384,
-  MS_SM90_COPY_REGISTERS = 72,
-  MS_SM90_MULTIPLY_REGISTERS = 216,
+  MS_SM90_COPY_REGISTERS = 88,
+  MS_SM90_MULTIPLY_REGISTERS = 208,
   MS_SM90_COLUMNS = 256, // of B in a stage
   MS_SM90_BAND = 16,     // tiles that share their column blocks
   MS_SM90_ROW = 128,     // bytes of K in a stage: 64 elements
