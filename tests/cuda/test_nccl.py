@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("device")  # ptxsim's, or a real one
+
 ROOT = Path(__file__).parents[2]
 SOURCES = (
     *(f"cuda/{name}.c" for name in ("exchange/nccl", "exchange/nccl_library", "status")),
