@@ -174,7 +174,7 @@ def pair_of(seconds: float = 1.0, difference: float = 0.0, magnitude: float = 1.
     [
         pytest.param(["demo", "--ranks", "0"], "--ranks: expected at least 1, got 0", id="no-ranks"),
         pytest.param(["demo", "--tokens", "many"], "--tokens", id="not-a-number"),
-        pytest.param(["bench"], "invalid choice: 'bench'", id="unknown-command"),
+        pytest.param(["sing"], "invalid choice: 'sing'", id="unknown-command"),
         pytest.param([], "COMMAND", id="no-command"),
     ],
 )
