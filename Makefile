@@ -68,7 +68,8 @@ notebooks: build ## run the notebooks
 
 .PHONY: bench bench-quick
 bench: build .venv/.compare ## moeshard and its rivals side by side, all cases: 40 minutes; results in benchmarks/results
-	$(PY) -m moeshard bench $(BENCH)
+	mkdir -p benchmarks/results
+	$(PY) -m moeshard bench --output benchmarks/results $(BENCH)
 bench-quick: build .venv/.compare ## the same with a case for every bar: 3 minutes; results in build/bench
 	mkdir -p build/bench
 	$(PY) -m moeshard bench --quick --output build/bench $(BENCH)

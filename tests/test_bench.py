@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import moeshard
-from moeshard.bench import bars, grid, results, summarize, worker
+from moeshard.bench import bars, grid, plots, results, summarize, worker
 from moeshard.bench.grid import Build, Case
 from moeshard.bench.inputs import Router, make_tokens, make_weights
 from moeshard.bench.results import Row, Timing
@@ -68,6 +68,19 @@ def test_a_run_leaves_a_report_and_plots_and_no_journal(finished):
     names = {path.name for path in folder.iterdir()}
     assert names >= {"layer-tiny.json", "layer-tiny-skew.png", "layer-tiny-ranks.png"}
     assert not any(name.endswith("jsonl") for name in names)
+
+
+def test_growth_with_experts_is_drawn_only_where_it_was_measured(tmp_path):
+    def uniform(experts, ranks, tokens):
+        return row(Case(Build("switch-base", experts, "float32", ranks), 1, "uniform", tokens))
+
+    def drawn(rows):
+        paths = plots.draw(results.circumstances("quick"), rows, tmp_path, "made-up")
+        return [path for path in paths if path.stem == "made-up-experts"]
+
+    single = [uniform(8, 1, 16), uniform(128, 1, 64), uniform(8, 2, 16)]
+    assert not drawn(single)
+    assert drawn([*single, uniform(128, 1, 16)])
 
 
 def interrupted(finished, tmp_path, **changes):

@@ -26,6 +26,7 @@ STYLES = {
     "deepspeed": ("#D55E00", "P"),
     DROPPING: ("#CC79A7", "X"),
 }
+LEGEND_WIDTH = 1.6  # inches of an entry at most
 
 Launch = tuple[int, int]
 
@@ -80,28 +81,28 @@ def _tokens(rows: Sequence[Row]) -> "Figure | None":
         for column, count in enumerate(experts):
             here = [row for row in uniform if _launch(row) == launch and row.case.build.num_experts == count]
             axes = panels[line][column]
-            _curves(axes, here, lambda row: row.case.tokens)
+            _curves(axes, here, lambda row: row.case.tokens, ticks=4)
             axes.set_title(f"E = {count}, {_named(launch)}", fontsize=10)
             axes.set_xlabel("tokens of a rank")
     return _finish(figure, panels)
 
 
 def _experts(rows: Sequence[Row]) -> "Figure | None":
-    """Time against experts, uniform routing, at the number of tokens that most numbers of experts have."""
+    """Time against experts, uniform routing, at each launch's number of tokens that most numbers of experts have."""
     uniform = [row for row in rows if row.case.routing == "uniform"]
-    launches = _launches(uniform)
-    spread = Counter(row.case.tokens for row in uniform)
-    if not spread or len(_values(uniform, lambda row: row.case.build.num_experts)) < 2:
+    curves: dict[Launch, list[Row]] = {}
+    for launch in _launches(uniform):
+        here = [row for row in uniform if _launch(row) == launch]
+        spread = Counter(row.case.tokens for row in here)
+        tokens = max(spread, key=lambda count: (spread[count], count))
+        if spread[tokens] > 1:
+            curves[launch] = [row for row in here if row.case.tokens == tokens]
+    if not curves:
         return None
-    tokens = max(spread, key=lambda count: (spread[count], count))
-    figure, panels = _panels(1, len(launches))
-    for axes, launch in zip(panels[0], launches, strict=True):
-        _curves(
-            axes,
-            [row for row in uniform if _launch(row) == launch and row.case.tokens == tokens],
-            lambda row: row.case.build.num_experts,
-        )
-        axes.set_title(f"T = {tokens}, {_named(launch)}", fontsize=10)
+    figure, panels = _panels(1, len(curves))
+    for axes, (launch, here) in zip(panels[0], curves.items(), strict=True):
+        _curves(axes, here, lambda row: row.case.build.num_experts, ticks=2)
+        axes.set_title(f"T = {here[0].case.tokens}, {_named(launch)}", fontsize=10)
         axes.set_xlabel("experts")
     return _finish(figure, panels)
 
@@ -136,7 +137,6 @@ def _skew(rows: Sequence[Row]) -> "Figure | None":
                 offsets = [x + (place - len(CONTESTANTS) / 2) * 0.11 for x, _ in bars]
                 axes.bar(offsets, [height for _, height in bars], 0.11, color=STYLES[name][0], label=name)
         axes.set_xticks(range(len(routings)), routings)
-        axes.set_yscale("log")
         axes.set_title(f"E = {count}, T = {here[0].case.tokens}, {_named(launch)}", fontsize=10)
         axes.set_xlabel("routing")
     return _finish(figure, panels)
@@ -164,8 +164,10 @@ def _ranks(rows: Sequence[Row]) -> "Figure | None":
     return _finish(figure, panels)
 
 
-def _curves(axes: "Axes", rows: Sequence[Row], x: Callable[[Row], int]) -> None:
-    """A line for each contestant: milliseconds, both scales logarithmic."""
+def _curves(axes: "Axes", rows: Sequence[Row], x: Callable[[Row], int], ticks: int) -> None:
+    """A line for each contestant: milliseconds, both scales logarithmic, the one of x marked at powers of ``ticks``."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     rows = sorted(rows, key=x)
     for name in CONTESTANTS:
         points = [(x(row), 1e3 * row.timings[name].median) for row in rows if name in row.timings]
@@ -177,6 +179,11 @@ def _curves(axes: "Axes", rows: Sequence[Row], x: Callable[[Row], int]) -> None:
             )
     axes.set_xscale("log")
     axes.set_yscale("log")
+    for axis, marks in ((axes.xaxis, LogLocator(ticks)), (axes.yaxis, LogLocator(10, (1, 2, 5)))):
+        axis.set_major_locator(marks)
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(NullLocator())
+    axes.tick_params(labelsize=8)
     axes.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
 
 
@@ -195,7 +202,8 @@ def _finish(figure: "Figure", panels: "Sequence[Sequence[Axes]]") -> "Figure":
         for axes in line:
             found, names = axes.get_legend_handles_labels()
             handles |= dict(zip(names, found, strict=True))
-    figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=len(handles), frameon=False)
+    columns = min(len(handles), int(figure.get_figwidth() / LEGEND_WIDTH))
+    figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=columns, frameon=False)
     return figure
 
 
