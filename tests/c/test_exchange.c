@@ -466,7 +466,7 @@ static void test_halves_for_other_transports(void) {
       const float *parts[R];
       for (int32_t from = 0; from < R; from++)
         parts[from] = b[from]->partial + (s.replicated ? 0 : b[r]->first[r] * s.D);
-      CHECK_OK(ms_combine_ranks(b[r], parts, R, NULL, &err), err);
+      CHECK_OK(ms_combine_ranks(b[r], parts, R, false, NULL, &err), err);
       check_combined(k[r].out, &s, R, &k[r].t, s.T[r]);
     }
     for (int32_t r = 0; r < R; r++) {
@@ -501,7 +501,7 @@ static void test_halves_refuse_bad_arguments(void) {
   CHECK_OK(ms_gather_from(b, 0, 1, alone, k.t.hidden, k.t.index, k.t.weight, &err), err);
   CHECK_STATUS(ms_combine_choices(b, NULL, &err), MS_EINVAL, err);
   CHECK_TEXT(err.msg, "ffn has not run");
-  CHECK_STATUS(ms_combine_ranks(b, parts, 0, NULL, &err), MS_EINVAL, err);
+  CHECK_STATUS(ms_combine_ranks(b, parts, 0, false, NULL, &err), MS_EINVAL, err);
   end_call(&k);
   ms_batch_free(b);
 }
