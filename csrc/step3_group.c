@@ -10,14 +10,19 @@
 
 #include <string.h>
 
-static ms_status count_all(const ms_batch *b, ms_error *err) {
-  for (int64_t s = 0; s < b->N * b->K; s++) {
-    int32_t e = b->all_expert[s];
-    if (e < -1 || e >= b->E)
+// Locals where loops write int64 or int32: the compiler would read the batch's own again after every write.
+
+static ms_status count_all(const ms_batch *b, int64_t *count, ms_error *err) {
+  const int32_t *expert = b->all_expert;
+  const int32_t E = b->E;
+  int64_t slots = b->N * b->K;
+  for (int64_t s = 0; s < slots; s++) {
+    int32_t e = expert[s];
+    if (e < -1 || e >= E)
       return ms_fail(err, MS_ERANGE,
                      "top_k_index of gathered token %lld: got %d, expected -1 to %d",
-                     (long long)(s / b->K), e, b->E - 1);
-    if (e >= 0) b->count[e]++;
+                     (long long)(s / b->K), e, E - 1);
+    if (e >= 0) count[e]++;
   }
   return MS_OK;
 }
@@ -30,8 +35,11 @@ static void count_own(const ms_batch *b, const ms_layout *l, int64_t *own) {
 }
 
 static void place_all(ms_batch *b, int64_t *next) {
-  for (int64_t s = 0; s < b->N * b->K; s++)
-    if (b->all_expert[s] >= 0) b->order[next[b->all_expert[s]]++] = (int32_t)s;
+  const int32_t *expert = b->all_expert;
+  int32_t *order = b->order;
+  int64_t slots = b->N * b->K;
+  for (int64_t s = 0; s < slots; s++)
+    if (expert[s] >= 0) order[next[expert[s]]++] = (int32_t)s;
   b->tokens_read = b->replicated ? 0 : b->N - b->T;
   b->partials_read = (b->R - 1) * b->T;
 }
@@ -76,7 +84,7 @@ ms_status ms_group(ms_batch *batch, ms_error *err) {
   batch->order = memory->order.data;
 
   memset(count, 0, (size_t)(2 * E * entry));
-  MS_TRY(count_all(batch, err));
+  MS_TRY(count_all(batch, count, err));
   if (layout) {
     if (!batch->copy) MS_TRY(ms_layout_deal(batch, err)); // else the gather has
     count_own(batch, layout, next);

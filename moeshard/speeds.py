@@ -52,8 +52,8 @@ def measure_speed(
         CommError: a rank is lost, late or failed.
 
     Example:
-        >>> speed = measure_speed(seconds=0.01)
-        >>> Plan.shard(ranks=len(speed), num_experts=8, d_ff=3072, speed=speed).ranks
+        >>> speed = measure_speed(d_model=64, d_ff=256, seconds=0.01)
+        >>> Plan.shard(ranks=len(speed), num_experts=8, d_ff=256, speed=speed).ranks
         1
     """
     group = init() if group is None else group

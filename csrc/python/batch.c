@@ -590,8 +590,10 @@ static PyObject *batch_take(PyObject *object, PyObject *args) {
   core_state *state = core_state_of(object);
   PyObject *like = Py_None, *array = NULL, *tokens = NULL;
   if (!PyArg_ParseTuple(args, "|O:take", &like)) return NULL;
-  if (like != Py_None) { // also an empty one, unlike array_take
-    tokens = PyArray_FROM_OTF(like, NPY_INT64, NPY_ARRAY_IN_ARRAY);
+  if (like != Py_None) { // as array_take, but there may be none
+    PyObject *any = PyArray_FROM_O(like);
+    if (any) tokens = PyArray_FROM_OTF(any, NPY_INT64, NPY_ARRAY_IN_ARRAY);
+    Py_XDECREF(any);
     if (!tokens) return core_fail_from(state, MS_EDTYPE, "tokens: expected integers [n]");
   }
   if (!core_batch_enter(state, self)) goto done;

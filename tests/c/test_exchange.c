@@ -540,6 +540,10 @@ static void test_header_check_names_field_ranks_and_values(void) {
   CHECK_STATUS(ms_header_check(h, 2, &err), MS_EMISMATCH, err);
   CHECK_TEXT(err.msg, "the number of the call is 4 on rank 0 but 5 on rank 1");
   CHECK_STATUS(ms_header_check(h, 2, NULL), MS_EMISMATCH, err);
+  h[1] = model;
+  h[1].layout = 0xabc;
+  CHECK_STATUS(ms_header_check(h, 2, &err), MS_EMISMATCH, err);
+  CHECK_TEXT(err.msg, "(its digest) is 0000000000000000 on rank 0 but 0000000000000abc on rank 1");
   CHECK_STATUS(ms_header_check(h, 0, &err), MS_EINVAL, err);
 }
 
