@@ -28,6 +28,11 @@ def expected_of(case, plan):
     return experts_reference(**{**case, "index": index})
 
 
+def off(found, expected):
+    """Largest difference over the largest value, or over 1, the size of all operands: single numbers may cancel."""
+    return np.abs(found - expected).max(initial=0) / np.abs(expected).max(initial=1)
+
+
 def packed_for(case, plan, rank):
     has = {name: case[name] is not None for name in ("b_in", "b_out")}
     packed = experts(plan.columns[rank], case["hidden"].shape[1], plan.d_ff, **has)
@@ -85,7 +90,7 @@ def test_any_valid_table_gives_the_same_outputs(plan, sizes, data):
     results = through_shared_memory(case, plan, tokens)
     found = np.concatenate([outs for outs, *_ in results], axis=1)
     assert (found[0] == found[1]).all(), "other bits on a repeated call"
-    assert relative_error(found[0], expected_of(case, plan)) <= 2e-6
+    assert off(found[0], expected_of(case, plan)) <= 2e-6
     counts = np.bincount(case["index"][case["index"] >= 0], minlength=plan.num_experts)
     for rank, (_, counted, own, _) in enumerate(results):
         assert counted == counts.tolist()
@@ -98,7 +103,7 @@ def test_any_valid_table_gives_the_same_outputs(plan, sizes, data):
 def test_replicated_tokens_are_computed_by_one_copy(plan, sizes):
     case = case_for(plan, 9, **sizes)
     for outs, *_ in through_shared_memory(case, plan, None, calls=1, replicated=True):
-        assert relative_error(outs[0], expected_of(case, plan)) <= 2e-6
+        assert off(outs[0], expected_of(case, plan)) <= 2e-6
 
 
 class Post:
@@ -153,7 +158,7 @@ def test_rows_that_are_needed_are_all_that_travels_and_the_bits_stay(plan, sizes
     else:
         rounded = torch.from_numpy(case["hidden"]).to(getattr(torch, dtype)).float().numpy()
         right = expected_of({**case, "hidden": rounded}, plan)
-        assert np.abs(found - right).max(initial=0) <= 3 * EPS[dtype] * np.abs(right).max(initial=0)
+        assert off(found, right) <= 2 * EPS[dtype]
 
 
 def test_expert_parallel_reads_no_rows_of_ranks_that_computed_nothing():
