@@ -126,7 +126,10 @@ class TorchExchange:
 
     def _typed(self, rows: NDArray[Any]) -> torch.Tensor:
         """Rows as bytes or words, as the tensor of the call's dtype that they are."""
-        return torch.from_numpy(rows.view(np.uint8)).view(_DTYPES[self._header["dtype"]])
+        dtype = _DTYPES[self._header["dtype"]]
+        if not rows.size:  # NumPy's strides are 0 then, which torch's view does not take
+            return torch.empty((len(rows), int(self._header["D"])), dtype=dtype)
+        return torch.from_numpy(rows.view(np.uint8)).view(dtype)
 
     def _shares(self, partial: torch.Tensor) -> list[torch.Tensor]:
         """Of this rank's partial outputs [N, D], what each rank's tokens get."""
