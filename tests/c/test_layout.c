@@ -310,9 +310,9 @@ static void packed_parts(const problem *p, const rank_state *ranks, int32_t rank
     const float *from = ranks[r].batch->partial + (p->replicated ? 0 : ranks[rank].first) * p->D;
     parts[r] = malloc((size_t)(T * p->D + 1) * sizeof **parts);
     int64_t n = ms_gather_needed(ranks[r].batch, rank, r, tokens);
-    if (r == rank)
+    if (r == rank && T > 0)
       memcpy(parts[r], from, (size_t)(T * p->D) * sizeof *from);
-    else
+    else if (r != rank)
       for (int64_t i = 0; i < n; i++)
         memcpy(parts[r] + i * p->D, from + tokens[i] * p->D, (size_t)p->D * sizeof *from);
   }
