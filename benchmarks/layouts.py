@@ -4,7 +4,7 @@
     python benchmarks/layouts.py --ranks 2 --output layouts.json
 
 Layouts take turns call by call, so that a change of the machine meets all of them. A call's time is that of the slowest
-rank, from a barrier on; all outputs are compared with the first layout's. The experts are those of switch-base unless told.
+rank, from a barrier on; all outputs are compared with the first layout's. Sizes are those of switch-base unless told.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def connect(ranks: int, store: str | None) -> moeshard.Group:
     if store is None:
         return moeshard.init()
     import torch.distributed as dist
+
     from moeshard.group import launched
 
     assert launched is not None
@@ -61,7 +62,9 @@ def connect(ranks: int, store: str | None) -> moeshard.Group:
     return moeshard.init("torch")
 
 
-def timed(shape: tuple[int, int, int], cases: list[tuple[int, int, float]], rounds: int, store: str | None, only: list[str]):  # type: ignore[no-untyped-def]
+def timed(
+    shape: tuple[int, int, int], cases: list[tuple[int, int, float]], rounds: int, store: str | None, only: list[str]
+):  # type: ignore[no-untyped-def]
     """On each rank: for each case and layout the seconds of every round on this rank, and of its steps."""
     import torch
 
@@ -129,7 +132,11 @@ def main() -> None:
                 row |= {"seconds": float(np.median(by_rank.max(axis=0))), "steps": steps.tolist()}
                 rows.append(row)
                 told = " ".join(f"{1e3 * s:8.2f}" for s in steps.max(axis=0))
-                print(f"{exchange:5} T={tokens:<5} K={choices} skew={skew:<4} {name:25} {1e3 * row['seconds']:8.2f} ms | {told}", flush=True)
+                print(
+                    f"{exchange:5} T={tokens:<5} K={choices} skew={skew:<4} {name:25} "
+                    f"{1e3 * row['seconds']:8.2f} ms | {told}",
+                    flush=True,
+                )
     if options.output:
         sizes = {"ranks": options.ranks, "experts": options.experts, "d_model": options.d_model, "d_ff": options.d_ff}
         options.output.write_text(json.dumps({"sizes": sizes, "rows": rows}, indent=1) + "\n")

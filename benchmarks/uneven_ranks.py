@@ -3,7 +3,7 @@
 
     python benchmarks/uneven_ranks.py --output benchmarks/results/uneven-ranks.json
 
-Each rank is one thread on a core of its own. The busy loops on rank 1's core take their fair share of it, so rank 1 runs
+Each rank is one thread on a core of its own. The busy loops on rank 1's core take their share of it, so rank 1 runs
 at about 1 / (1 + loops) of rank 0's speed. Every timed layer is checked against the float64 reference first, on a few
 tokens. What is told is the time of ffn, the step that the widths divide, on each rank (median over the repeats), and
 how far apart the ranks finish.
@@ -46,7 +46,7 @@ def busy_loops(count: int, core: int) -> Iterator[None]:
 
 
 def timed(shape: tuple[int, int, int], tokens: int, repeats: int, rounds: int) -> dict[str, object]:
-    """On each rank: equal widths, the speeds, widths by speed. The rounds take turns, so that a change of the machine meets both."""
+    """On each rank: equal widths, the speeds, widths by speed, by turns: a change of the machine meets both."""
     import torch
 
     group = moeshard.init()
@@ -113,12 +113,22 @@ def main() -> None:
             found = ranks.run(timed, shape, options.tokens, options.repeats, options.rounds)[0]
         found = {"loops": loops, **found, "apart": {name: apart(found[name]) for name in ("equal", "by speed")}}
         results.append(found)
-        print(f"{loops} busy loops on rank 1's core; speed of rank 1: {[round(b / a, 3) for a, b in found['speed']]} of rank 0's")
+        print(
+            f"{loops} busy loops on rank 1's core; "
+            f"speed of rank 1: {[round(b / a, 3) for a, b in found['speed']]} of rank 0's"
+        )
         for name in ("equal", "by speed"):
             times = ["/".join(f"{1e3 * s:.1f}" for s in ranks) for ranks in found[name]]
-            print(f"  widths {name}: ffn {', '.join(times)} ms; apart {', '.join(f'{x:.1%}' for x in found['apart'][name])}")
+            print(
+                f"  widths {name}: ffn {', '.join(times)} ms; "
+                f"apart {', '.join(f'{x:.1%}' for x in found['apart'][name])}"
+            )
     if options.output:
-        machine = {"processor": platform.processor() or platform.machine(), "cores": len(cores), "isa": moeshard._core.isa()}
+        machine = {
+            "processor": platform.processor() or platform.machine(),
+            "cores": len(cores),
+            "isa": moeshard._core.isa(),
+        }
         sizes = {name: getattr(options, name) for name in ("experts", "d_model", "d_ff", "tokens", "repeats", "rounds")}
         options.output.write_text(json.dumps({"machine": machine, "sizes": sizes, "results": results}, indent=1) + "\n")
 

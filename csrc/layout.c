@@ -170,7 +170,8 @@ ms_status ms_layout_deal(ms_batch *b, ms_error *err) {
   int64_t slots = b->N * b->K, sets = l->first[l->E];
   int64_t turns_bytes = l->E * (int64_t)sizeof(turn), taken_bytes = sets * (int64_t)sizeof(int64_t);
   // One byte at least: copy is there, if only for no slots.
-  MS_TRY(ms_buffer_grow(&memory->copy, slots * (int64_t)sizeof(int16_t) + 1, "copies of slots", err));
+  MS_TRY(
+      ms_buffer_grow(&memory->copy, slots * (int64_t)sizeof(int16_t) + 1, "copies of slots", err));
   MS_TRY(ms_buffer_grow(&memory->turns, turns_bytes + taken_bytes, "turns of copies", err));
   turn *turns = memory->turns.data;
   int64_t *taken = (int64_t *)(void *)((char *)memory->turns.data + turns_bytes);

@@ -11,14 +11,14 @@ enum { MS_RANK_WORDS = (MS_MAX_RANKS + 63) / 64 }; // of a set of ranks, a bit e
 
 struct ms_layout {
   int32_t R, E, rank;
-  uint64_t digest;  // of the whole table, not 0
-  bool sparse;      // see ms_layout_is_sparse
-  bool several;     // some expert has more than one copy: slots are dealt
-  int32_t words;    // of a set of ranks
-  int32_t *copies;  // [E]
-  int32_t *copy;    // [R][E] the copy that a rank is in, -1: none
-  int64_t *first;   // [E+1] copies of the experts before: the sets of e are sets[first[e] + copy]
-  uint64_t *sets;   // [first[E]][words] the ranks of each copy
+  uint64_t digest; // of the whole table, not 0
+  bool sparse;     // see ms_layout_is_sparse
+  bool several;    // some expert has more than one copy: slots are dealt
+  int32_t words;   // of a set of ranks
+  int32_t *copies; // [E]
+  int32_t *copy;   // [R][E] the copy that a rank is in, -1: none
+  int64_t *first;  // [E+1] copies of the experts before: the sets of e are sets[first[e] + copy]
+  uint64_t *sets;  // [first[E]][words] the ranks of each copy
 };
 
 // The batch's layout if there is anything to skip.

@@ -259,7 +259,8 @@ typedef struct ms_batch {
   float *weight;      // [T, K] owned
   int64_t layer;      // which layer this is, compared between ranks
   bool replicated;    // all ranks hold the same tokens: nothing is gathered, out = sum over ranks
-  const ms_layout *layout; // set after route, borrowed until combine; NULL: every rank holds columns of every expert, once
+  // Set after route, borrowed until combine. NULL: every rank holds columns of every expert, once.
+  const ms_layout *layout;
 
   // gather (all ranks' tokens; N = T when replicated or alone)
   int32_t R, rank;
@@ -268,18 +269,22 @@ typedef struct ms_batch {
   const void **row;    // [N] owned: each token's D values, wherever they lie
   int32_t *all_expert; // [N, K]
   float *all_weight;   // [N, K]
-  float *partial;      // [N, D] where this rank's partial outputs go (memory of the exchange); rows of tokens that it
-                       // computes nothing of are not written, and not read
+  // [N, D] where this rank's partial outputs go (memory of the exchange); rows of tokens that it computes nothing of are
+  // not written, and not read.
+  float *partial;
 
   // group
-  int16_t *copy;   // [N*K] owned: which copy computes a slot; NULL: no expert has more than one
-  int64_t *count;  // [E] owned: slots of each expert, of all ranks, whoever computes them
-  int64_t *offset; // [E+1] owned: of expert e this rank computes slots order[offset[e] .. offset[e+1])
-  int32_t *order;  // [N*K] owned: slot = token * K + choice, by expert, stable
+  int16_t *copy;  // [N*K] owned: which copy computes a slot; NULL: no expert has more than one
+  int64_t *count; // [E] owned: slots of each expert, of all ranks, whoever computes them
+  // [E+1] owned: of expert e this rank computes slots order[offset[e] .. offset[e+1]).
+  int64_t *offset;
+  int32_t *order; // [N*K] owned: slot = token * K + choice, by expert, stable
+
   int64_t tokens_read, partials_read; // rows of other ranks that ffn and combine read
 
   // ffn
-  float *slot; // [N*K, D] each choice's own output, where this rank computes it; K = 1: the same memory as partial
+  // [N*K, D] each choice's own output, where this rank computes it. K = 1: the same memory as partial.
+  float *slot;
 
   struct ms_batch_memory *memory; // what the pointers above point into (private)
 } ms_batch;
@@ -422,8 +427,8 @@ void ms_reference_group(const int32_t *index, int64_t slots, int32_t E, int64_t 
                         int32_t *order);
 // Which copy computes each of the slots [slots] of one expert, -1 for those of others: the rule of chapter P.
 //   home   [slots] the copy of e that the slot's own rank is in, -1: none;  copies of e, at least 1
-void ms_reference_deal(const int32_t *index, const int32_t *home, int64_t slots, int32_t e, int32_t copies,
-                       int32_t *copy);
+void ms_reference_deal(const int32_t *index, const int32_t *home, int64_t slots, int32_t e,
+                       int32_t copies, int32_t *copy);
 
 #ifdef __cplusplus
 }

@@ -71,7 +71,8 @@ void ms_reference_group(const int32_t *index, int64_t slots, int32_t E, int64_t 
 
 void ms_reference_deal(const int32_t *index, const int32_t *home, int64_t slots, int32_t e,
                        int32_t copies, int32_t *copy) {
-  int64_t n = 0, dealt[MS_MAX_RANKS] = {0}, more = 0; // `more` copies have one slot more than the others
+  int64_t n = 0, dealt[MS_MAX_RANKS] = {0},
+          more = 0; // `more` copies have one slot more than the others
   for (int64_t s = 0; s < slots; s++) n += index[s] == e;
   int64_t even = n / copies, extra = n % copies;
   int32_t next = e % copies;

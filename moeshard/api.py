@@ -84,7 +84,7 @@ def shard(
             weights on every rank; on the CPU, or on this rank's CUDA device, which then runs the layers.
         group: the ranks. ``None``: :func:`moeshard.init`.
         plan: the layout of each MoE layer. ``"auto"``, ``"shard"``: every expert over every rank;
-            ``"expert_parallel"``: each expert whole on one rank; or any :class:`moeshard.Plan` of the layers' sizes, see
+            ``"expert_parallel"``: each expert whole on one rank; or a :class:`moeshard.Plan` of the layers' sizes, see
             ``docs/layouts.md``. One that prunes experts frees their weights for good: ``unshard`` will refuse.
         dtype: storage of the experts: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"int8"`` (weights within half a
             scale, see ``docs/numerics.md``) or torch's. ``None``: as it is.
@@ -154,7 +154,9 @@ def unshard(model: Model) -> Model:
     for _, original in sharded:
         pruned = np.flatnonzero(original.experts.plan.copies == 0).tolist()
         if pruned:
-            raise _core.ArgumentError(f"model: the plan it was sharded with has pruned experts {pruned}: no rank has them")
+            raise _core.ArgumentError(
+                f"model: the plan it was sharded with has pruned experts {pruned}: no rank has them"
+            )
     with torch.inference_mode(False), torch.no_grad(), interrupts_put_off():
         back: list[Load] = []
         try:

@@ -2,8 +2,8 @@
 """The exchange over any `torch.distributed` group: several hosts, CPU tensors.
 
 What goes to all ranks travels point to point (``isend``/``irecv``), so that rows are sent from where they lie and
-received where they are needed, whatever their number, and a failure names the rank. On gloo, 2 ranks of one host, 12 MiB
-a rank: 7 ms, against 8.3 ms for ``all_to_all_single`` (which needs R copies of the rows first), 11 ms for
+received where they are needed, whatever their number, and a failure names the rank. On gloo, 2 ranks of one host, 12
+MiB a rank: 7 ms, against 8.3 ms for ``all_to_all_single`` (which needs R copies of the rows first), 11 ms for
 ``all_gather_into_tensor``.
 
 With a sparse layout (a rank holds no column of some expert, or an expert has copies) a row goes only to the ranks that

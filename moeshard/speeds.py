@@ -86,7 +86,14 @@ def _work(
     rng = np.random.default_rng(0)
     count = len(columns)
     packed = _core.PackedExperts(
-        columns=columns, d_model=d_model, d_ff=d_ff, dtype=dtype, activation="relu", gated=False, b_in=False, b_out=False
+        columns=columns,
+        d_model=d_model,
+        d_ff=d_ff,
+        dtype=dtype,
+        activation="relu",
+        gated=False,
+        b_in=False,
+        b_out=False,
     )
     w_in, w_out = (rng.standard_normal(shape, np.float32) for shape in ((d_ff, d_model), (d_model, d_ff)))
     for expert in range(count):

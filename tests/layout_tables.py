@@ -22,9 +22,9 @@ def random_plan(rng, ranks, experts, d_ff, pruned=False):
 
 
 @st.composite
-def plans(draw, ranks=st.integers(1, 4), experts=st.integers(1, 7), d_ff=st.integers(1, 40), pruned=True):
-    seed = draw(st.integers(0, 2**32 - 1))
-    return random_plan(np.random.default_rng(seed), draw(ranks), draw(experts), draw(d_ff), pruned)
+def plans(draw, least=1):
+    seed, ranks = draw(st.integers(0, 2**32 - 1)), draw(st.integers(least, 4))
+    return random_plan(np.random.default_rng(seed), ranks, draw(st.integers(1, 7)), draw(st.integers(1, 40)))
 
 
 def fixed_plans(ranks, experts, d_ff):
@@ -34,7 +34,9 @@ def fixed_plans(ranks, experts, d_ff):
     mixed[:, 0], mixed[:, 1] = (0, 0), (0, d_ff)  # expert 0 whole on the last rank, expert 1 on all
     mixed[-1, 0] = (0, d_ff)
     copies = [1, ranks] + [1] * (experts - 2)
-    shifted = np.roll(Plan.expert_parallel(ranks, experts, d_ff).columns, 1, axis=0)  # the first rank owns the last block
+    shifted = np.roll(
+        Plan.expert_parallel(ranks, experts, d_ff).columns, 1, axis=0
+    )  # the first rank owns the last block
     return {
         "shard": Plan.shard(ranks, experts, d_ff),
         "uneven": Plan.shard(ranks, experts, d_ff, speed=range(1, ranks + 1)),

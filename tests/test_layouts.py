@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layout_tables import fixed_plans, plans, random_plan
 from reference import experts_reference, layer_case, relative_error
-from switch_models import batch, compare, run, switch_model
+from switch_models import batch as model_batch
+from switch_models import compare, run, switch_model
 from test_core_exchange import on_ranks
 from test_group import over_gloo
 from workers import on_ranks as on_workers
@@ -37,7 +38,9 @@ def packed_for(case, plan, rank):
     has = {name: case[name] is not None for name in ("b_in", "b_out")}
     packed = experts(plan.columns[rank], case["hidden"].shape[1], plan.d_ff, **has)
     for expert in range(plan.num_experts):
-        packed.pack(expert, *(case[n] if case[n] is None else case[n][expert] for n in ("w_in", "w_out", "b_in", "b_out")))
+        packed.pack(
+            expert, *(case[n] if case[n] is None else case[n][expert] for n in ("w_in", "w_out", "b_in", "b_out"))
+        )
     return packed
 
 
@@ -98,7 +101,7 @@ def test_any_valid_table_gives_the_same_outputs(plan, sizes, data):
         assert (np.abs(own - even) < 1).all(), "a copy gets its share, within a slot"
 
 
-@given(plans(ranks=st.integers(2, 4)), cases)
+@given(plans(least=2), cases)
 @settings(max_examples=20)
 def test_replicated_tokens_are_computed_by_one_copy(plan, sizes):
     case = case_for(plan, 9, **sizes)
@@ -119,7 +122,9 @@ class Post:
             batch.gather_routing(rank, self.tokens, index, weights)
         for rank, batch in enumerate(self.batches):
             others = [(r, other) for r, other in enumerate(self.batches) if r != rank]
-            rows = np.concatenate([batch.take(np.empty(0, int))] + [other.take(other.needed(r, rank)) for r, other in others])
+            rows = np.concatenate(
+                [batch.take(np.empty(0, int))] + [other.take(other.needed(r, rank)) for r, other in others]
+            )
             batch.gather_rows(torch.from_numpy(rows.view(np.uint8)).view(getattr(torch, batch.dtype)))
 
     def combine(self):
@@ -198,7 +203,7 @@ def halved(tokens=(1, 2), copies=None):
     ("call", "error", "message"),
     [
         pytest.param(lambda: _core.Layout([[[0, 7]]], 8, [1], 0), "ArgumentError", "expert 0, columns", id="table"),
-        pytest.param(lambda: _core.Layout([[[0, 8]]], 8, [1], 1), "ArgumentError", "rank: got 1, expected 0 to 0", id="rank"),
+        pytest.param(lambda: _core.Layout([[[0, 8]]], 8, [1], 1), "ArgumentError", "rank: got 1, expected", id="rank"),
         pytest.param(lambda: _core.Layout([[[0, 8]]], 0, [1], 0), "ArgumentError", "d_ff: got 0", id="width"),
         pytest.param(lambda: _core.Layout([[[0.0, 8.0]]], 8, [1], 0), "DTypeError", "columns", id="floats"),
         pytest.param(lambda: _core.Layout([[[0, 8]]], 8, [1, 1], 0), "ShapeError", "copies", id="copies"),
@@ -206,8 +211,8 @@ def halved(tokens=(1, 2), copies=None):
             lambda: _core.Batch().route(*ONE, 2, layout=_core.Layout([[[0, 8]]], 8, [1], 0)),
             "ShapeError", "layout: it has 1 experts, expected num_experts=2", id="experts",
         ),
-        pytest.param(lambda: _core.Batch().needed(0, 0), "ArgumentError", "needed: gather_routing or gather_from", id="early"),
-        pytest.param(lambda: _core.Batch().take(), "ArgumentError", "take: the batch holds no tokens", id="nothing-routed"),
+        pytest.param(lambda: _core.Batch().needed(0, 0), "ArgumentError", "needed: gather_routing or", id="early"),
+        pytest.param(lambda: _core.Batch().take(), "ArgumentError", "take: the batch holds no tokens", id="unrouted"),
         pytest.param(lambda: halved().take([1]), "RangeError", r"tokens\[0\]: got 1, expected 0 to 0", id="token"),
         pytest.param(lambda: halved().take([0.5]), "DTypeError", "tokens: expected integers", id="half-a-token"),
         pytest.param(lambda: halved().needed(2, 0), "ArgumentError", "source: got 2, expected 0 to 1", id="source"),
@@ -218,7 +223,7 @@ def halved(tokens=(1, 2), copies=None):
             "ShapeError", r"hidden_states: got \[1, 4\], expected \[M=2, D=4\]", id="rows",
         ),
         pytest.param(lambda: halved().gather_rows(np.ones((2, 4), np.float16)), "DTypeError", "float16", id="dtype"),
-        pytest.param(lambda: _core.Batch().gather_rows(np.ones((2, 4), np.float32)), "ArgumentError", "gather_routing", id="order"),
+        pytest.param(lambda: _core.Batch().gather_rows(ONE[0]), "ArgumentError", "gather_routing", id="order"),
     ],
 )  # fmt: skip
 def test_bad_calls_name_what_is_wrong(call, error, message):
@@ -281,7 +286,7 @@ def sharded_models(group, plans):
     found = []
     for number, plan in enumerate(plans):
         model = switch_model("encoder", num_experts=5, seed=number)
-        inputs = batch(2 + group.rank, 6 + 3 * group.rank, seed=group.rank)
+        inputs = model_batch(2 + group.rank, 6 + 3 * group.rank, seed=group.rank)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         expected = run(model, inputs)
         moeshard.shard(model, group=group, plan=plan, progress=False)
@@ -307,7 +312,7 @@ def pruned_model(group):
     columns = table.columns.copy()
     columns[:, 3] = 0
     moeshard.shard(model, group=group, plan=Plan.from_columns(columns, 37, [1, 1, 1, 0, 1]), progress=False)
-    run(model, batch(2, 5))
+    run(model, model_batch(2, 5))
     try:
         moeshard.unshard(model)
     except moeshard.ArgumentError as error:
@@ -413,7 +418,7 @@ def test_reports_and_profiles_count_what_each_rank_computes(workers):
         assert [row["share_of_work"] for row in profile["rows"]] == pytest.approx(2 * [16 / 36, 20 / 36])
         np.testing.assert_allclose(report["share_of_work"], [16 / 36, 20 / 36])
         assert [first["ffn_bytes"], second["ffn_bytes"]] == [4 * 6 * 2 * (4 + 2), 4 * 6 * 2 * (4 + 2 + 4)]
-        # Rank 1 reads two slots of expert 0 that rank 0 has too many, one of expert 1, one of expert 2; rank 0 one of expert 1.
+        # Rank 1 reads two slots of expert 0 (too many on rank 0), one of expert 1, one of 2; rank 0 one of expert 1.
         assert first["gather_bytes"] == 1 * 6 * 4 + 2 * 8 and second["gather_bytes"] == 4 * 6 * 4 + 7 * 8
         assert first["combine_bytes"] == 4 * 4 * 6 and second["combine_bytes"] == 1 * 4 * 6
 
@@ -441,11 +446,13 @@ def clocked(group, rates):
 
 
 def test_shares_of_work_follow_measured_speeds(workers):
-    """Each call of ffn takes one tick of a rank's clock, so a rank whose tick is three times as long is as much slower."""
+    """Each call of ffn takes one tick of a rank's clock: a rank whose tick is three times as long is as much slower."""
     results = on_workers(workers, 3, clocked, [0.01, 0.01, 0.03])
     for speed in results:
         np.testing.assert_array_equal(speed, results[0])
-    np.testing.assert_allclose(speed / speed[0], [1, 1, 1 / 3], rtol=0.05)  # the clock is read once more than ffn is called
+    np.testing.assert_allclose(
+        speed / speed[0], [1, 1, 1 / 3], rtol=0.05
+    )  # the clock is read once more than ffn is called
     plan = Plan.shard(3, 8, 3072, speed)
     np.testing.assert_allclose(plan.share([100] * 8), speed / speed.sum(), atol=1 / 3072)
 

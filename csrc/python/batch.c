@@ -396,9 +396,9 @@ static PyObject *gather_from(core_state *state, batch_object *self, bool rows, i
   const int64_t *of_ranks = PyArray_DATA(tokens);
   const int32_t *index = views[ROUTING].data;
   const float *weight = views[ROUTING + 1].data;
-  ms_status status = rows ? ms_gather_from(self->batch, rank, R, of_ranks, views[HIDDEN].data,
-                                           index, weight, &err)
-                          : ms_gather_routing(self->batch, rank, R, of_ranks, index, weight, &err);
+  ms_status status =
+      rows ? ms_gather_from(self->batch, rank, R, of_ranks, views[HIDDEN].data, index, weight, &err)
+           : ms_gather_routing(self->batch, rank, R, of_ranks, index, weight, &err);
   if (status == MS_OK) {
     *(rows ? &self->gathered : &self->counted) = true;
     keep_brought(self, rows ? HIDDEN : ROUTING, BATCH_GATHERED, views);
@@ -490,17 +490,18 @@ static bool check_rank(core_state *state, const ms_batch *b, const char *name, l
   return false;
 }
 
-PyDoc_STRVAR(needed_doc,
-             "needed($self, /, source, reader)\n--\n\n"
-             "The tokens of rank source that rank reader computes something of.\n\n"
-             "Args:\n"
-             "    source, reader: ranks.\n\n"
-             "Returns:\n"
-             "    [returned] int32, ascending, counted from the source's first token (of all tokens "
-             "when replicated). Without a\n"
-             "    sparse layout: all.\n\n"
-             "Raises:\n"
-             "    ArgumentError: gather_routing or gather_from has not run; a rank out of range.\n");
+PyDoc_STRVAR(
+    needed_doc,
+    "needed($self, /, source, reader)\n--\n\n"
+    "The tokens of rank source that rank reader computes something of.\n\n"
+    "Args:\n"
+    "    source, reader: ranks.\n\n"
+    "Returns:\n"
+    "    [returned] int32, ascending, counted from the source's first token (of all tokens "
+    "when replicated). Without a\n"
+    "    sparse layout: all.\n\n"
+    "Raises:\n"
+    "    ArgumentError: gather_routing or gather_from has not run; a rank out of range.\n");
 
 static PyObject *batch_needed(PyObject *object, PyObject *args, PyObject *kwargs) {
   static char *names[] = {"source", "reader", NULL};
@@ -533,7 +534,8 @@ PyDoc_STRVAR(
     "gather_rows($self, hidden_states, /)\n--\n\n"
     "Step 2 for a sparse layout, second half, after gather_routing.\n\n"
     "Args:\n"
-    "    hidden_states: [M, D] of the dtype given to route, contiguous: the rows of needed(r, rank) of "
+    "    hidden_states: [M, D] of the dtype given to route, contiguous: the rows of needed(r, "
+    "rank) of "
     "each other rank r,\n"
     "        in rank order. Borrowed, and kept alive, until combine_ranks or the next route. Own "
     "rows are read from what\n"
@@ -564,16 +566,15 @@ done:
   return result;
 }
 
-PyDoc_STRVAR(take_doc,
-             "take($self, tokens=None, /)\n--\n\n"
-             "Rows of this rank's own tokens, for a transport in Python to send.\n\n"
-             "Args:\n"
-             "    tokens: [n] integers, 0 to T-1, in any order. None: all.\n\n"
-             "Returns:\n"
-             "    [n, D], a copy: float32, or uint16 words for bfloat16 and float16.\n\n"
-             "Raises:\n"
-             "    RangeError: a token outside 0..T-1.\n"
-             "    ArgumentError: nothing routed, or already combined.\n");
+PyDoc_STRVAR(take_doc, "take($self, tokens=None, /)\n--\n\n"
+                       "Rows of this rank's own tokens, for a transport in Python to send.\n\n"
+                       "Args:\n"
+                       "    tokens: [n] integers, 0 to T-1, in any order. None: all.\n\n"
+                       "Returns:\n"
+                       "    [n, D], a copy: float32, or uint16 words for bfloat16 and float16.\n\n"
+                       "Raises:\n"
+                       "    RangeError: a token outside 0..T-1.\n"
+                       "    ArgumentError: nothing routed, or already combined.\n");
 
 static bool check_tokens(core_state *state, const int64_t *token, int64_t count, int64_t T) {
   for (int64_t i = 0; i < count; i++)
@@ -714,7 +715,8 @@ PyDoc_STRVAR(
     "Returns:\n"
     "    [N, D] float32, this rank's partial outputs for the tokens of all ranks; with a sparse "
     "layout, rows of tokens that\n"
-    "    it computes nothing of hold anything. Not a copy: later steps of this call write to it; from "
+    "    it computes nothing of hold anything. Not a copy: later steps of this call write to it; "
+    "from "
     "the next gather on it\n"
     "    is the caller's own.\n\n"
     "Raises:\n"
@@ -758,11 +760,12 @@ static PyObject *combine_ranks(core_state *state, batch_object *self, core_pool 
                      "parts: got %zd arrays, expected one of each of the %d ranks", count, b->R);
   for (Py_ssize_t r = 0; r < count; r++) {
     bool all = r == b->rank || !ms_sparse(b);
-    tensor_need need = {.name = "parts",
-                        .dtypes = 1u << MS_F32,
-                        .ndim = 2,
-                        .shape = {all ? b->T : ms_gather_needed(b, b->rank, (int32_t)r, NULL), b->D},
-                        .dims = all ? "TD" : "MD"};
+    tensor_need need = {
+        .name = "parts",
+        .dtypes = 1u << MS_F32,
+        .ndim = 2,
+        .shape = {all ? b->T : ms_gather_needed(b, b->rank, (int32_t)r, NULL), b->D},
+        .dims = all ? "TD" : "MD"};
     if (tensor_view_check(state, &need, &views[r])) return NULL;
     data[r] = views[r].data;
   }
@@ -882,15 +885,14 @@ static PyObject *lengths(const int64_t *limits, int64_t n) {
   return array;
 }
 
-PyDoc_STRVAR(counts_doc,
-             "counts($self, own=False, /)\n--\n\n"
-             "How many (token, choice) slots of all ranks each expert has.\n\n"
-             "Args:\n"
-             "    own: only those that this rank computes, wholly or in part.\n\n"
-             "Returns:\n"
-             "    [E] int64. Slots without an expert are in none of them.\n\n"
-             "Raises:\n"
-             "    ArgumentError: not grouped since the last gather.\n");
+PyDoc_STRVAR(counts_doc, "counts($self, own=False, /)\n--\n\n"
+                         "How many (token, choice) slots of all ranks each expert has.\n\n"
+                         "Args:\n"
+                         "    own: only those that this rank computes, wholly or in part.\n\n"
+                         "Returns:\n"
+                         "    [E] int64. Slots without an expert are in none of them.\n\n"
+                         "Raises:\n"
+                         "    ArgumentError: not grouped since the last gather.\n");
 
 static PyObject *batch_counts(PyObject *object, PyObject *args) {
   batch_object *self = as_batch(object);

@@ -115,11 +115,11 @@ enum { BATCH_GATHERED = 3 };
 typedef struct batch_object {
   PyObject_HEAD ms_batch *batch;
   atomic_bool busy;
-  bool routed;             // hidden, out and layout are held
-  bool counted;            // gather_routing has brought the routing, gather_rows is to bring the rows
-  bool gathered;           // by `exchange` in its `turn`, or by gather_from when that is NULL
-  bool grouped;            // the last gather was
-  tensor_hold hidden, out; // from route to combine
+  bool routed;   // hidden, out and layout are held
+  bool counted;  // gather_routing has brought the routing, gather_rows is to bring the rows
+  bool gathered; // by `exchange` in its `turn`, or by gather_from when that is NULL
+  bool grouped;  // the last gather was
+  tensor_hold hidden, out;            // from route to combine
   tensor_hold arrays[BATCH_GATHERED]; // from gather_from to combine
   PyObject *layout;                   // from route to combine, or NULL
   exchange_object *exchange;

@@ -11,8 +11,10 @@ static layout_object *as_layout(PyObject *self) { return (layout_object *)self; 
 PyDoc_STRVAR(
     type_doc,
     "Layout(columns, d_ff, copies, rank)\n--\n\n"
-    "A column table made ready for the steps of one rank: who computes which slot (token, choice).\n\n"
-    "The ranks that hold an expert with c copies fall into c sets, each of which holds every column "
+    "A column table made ready for the steps of one rank: who computes which slot (token, "
+    "choice).\n\n"
+    "The ranks that hold an expert with c copies fall into c sets, each of which holds every "
+    "column "
     "once. A slot is\n"
     "computed by all ranks of one set; each set gets its share of the slots, within one. "
     "docs/layouts.md has the rule.\n\n"

@@ -47,7 +47,9 @@ static void random_expert(ms_plan *p, int32_t e, bool pruned) {
     int64_t start = 0;
     for (int32_t i = 0; i < members; i++) {
       int64_t left = p->F - start;
-      int64_t stop = i + 1 == members ? p->F : below(2) ? start + left / 2 : start + below((int32_t)left + 1);
+      int64_t stop = i + 1 == members ? p->F
+                     : below(2)       ? start + left / 2
+                                      : start + below((int32_t)left + 1);
       columns_of(p, order[used], e)[0] = start;
       columns_of(p, order[used++], e)[1] = start = stop;
     }
@@ -223,8 +225,9 @@ static ms_experts *pack(const problem *p, int32_t rank) {
   ms_error err;
   ms_experts *x = NULL;
   int64_t F = p->plan.F, rows = p->gated ? 2 * F : F;
-  ms_experts_spec spec = {p->plan.E, p->D,      F,         MS_F32, MS_SILU,
-                          p->gated,  p->biases, p->biases, columns_of(&p->plan, rank, 0)};
+  ms_experts_spec spec = {p->plan.E, p->D,      F,
+                          MS_F32,    MS_SILU,   p->gated,
+                          p->biases, p->biases, columns_of(&p->plan, rank, 0)};
   CHECK_OK(ms_experts_create(&spec, &x, &err), err);
   for (int32_t e = 0; e < p->plan.E; e++) {
     ms_matrix w_in = {p->w_in + e * rows * p->D, MS_F32, rows, p->D, p->D, 1};
@@ -334,15 +337,15 @@ static void forward(const problem *p, rank_state *ranks, way how) {
                               p->weight, &err),
                err);
     else
-      CHECK_OK(ms_gather_routing(ranks[r].batch, r, R, tokens_of(p, r, tokens), p->index,
-                                 p->weight, &err),
+      CHECK_OK(ms_gather_routing(ranks[r].batch, r, R, tokens_of(p, r, tokens), p->index, p->weight,
+                                 &err),
                err);
   }
   for (int32_t r = 0; r < R; r++) {
-    if (how == NEEDED_ROWS)
-      ms_gather_received(ranks[r].batch, rows[r] = received(p, ranks, r));
+    if (how == NEEDED_ROWS) ms_gather_received(ranks[r].batch, rows[r] = received(p, ranks, r));
     CHECK_OK(ms_group(ranks[r].batch, &err), err);
-    for (int64_t i = 0; i < p->N * p->D; i++) ranks[r].batch->partial[i] = NAN; // what is not computed is not read
+    for (int64_t i = 0; i < p->N * p->D; i++)
+      ranks[r].batch->partial[i] = NAN; // what is not computed is not read
     CHECK_OK(ms_ffn(ranks[r].batch, ranks[r].experts, NULL, &err), err);
     CHECK_OK(ms_combine_choices(ranks[r].batch, NULL, &err), err);
   }
@@ -437,7 +440,8 @@ static void test_slots_are_dealt_by_the_rule(void) {
     for (int32_t r = 0; r < p.plan.R; r++) { // all ranks find the same
       ms_batch *b = ranks[r].batch;
       route(&p, &ranks[r], r);
-      CHECK_OK(ms_gather_routing(b, r, p.plan.R, tokens_of(&p, r, tokens), p.index, p.weight, &err), err);
+      CHECK_OK(ms_gather_routing(b, r, p.plan.R, tokens_of(&p, r, tokens), p.index, p.weight, &err),
+               err);
       for (int32_t e = 0; e < p.plan.E; e++) {
         for (int32_t source = 0; source < p.plan.R; source++)
           for (int64_t n = ranks[source].first; n < ranks[source].first + p.tokens[source]; n++)
@@ -467,7 +471,8 @@ static void test_tokens_stay_at_home_as_far_as_the_balance_lets_them(void) {
   CHECK_OK(ms_batch_create(&b, &err), err);
   for (int64_t own = 2; own <= 4; own++) {
     const int64_t tokens[] = {own, 4 - own};
-    CHECK_OK(ms_route(b, hidden, MS_F32, index, MS_I32, weight, MS_F32, own, 1, 1, 1, out, &err), err);
+    CHECK_OK(ms_route(b, hidden, MS_F32, index, MS_I32, weight, MS_F32, own, 1, 1, 1, out, &err),
+             err);
     b->layout = l;
     CHECK_OK(ms_gather_routing(b, 0, 2, tokens, index, weight, &err), err);
     CHECK_INT(ms_gather_needed(b, 0, 1, NULL), own - 2);
