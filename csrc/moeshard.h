@@ -90,6 +90,9 @@ typedef enum ms_activation {
   MS_GELU,      // x * Phi(x), erf form (torch gelu, approximate="none")
   MS_GELU_TANH, // torch gelu, approximate="tanh"
   MS_SILU,      // x * sigmoid(x)
+  // gpt-oss and openai/privacy-filter, gated only: with g = min(gate, 7) and u = up held to [-7, 7],
+  // g * sigmoid(1.702 g) * (u + 1) in place of act(gate) * up
+  MS_CLAMPED_SWIGLU,
   MS_ACTIVATION_COUNT
 } ms_activation;
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 STORAGES = (*DTYPES, "int8")
 KINDS = {1: "cpu", 3: "cpu", 11: "cpu", 2: "cuda", 13: "cuda"}  # DLPack device types; 3, 11: pinned, 13: managed
-ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu")
+ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu", "clamped_swiglu")
 
 
 PackedColumns: TypeAlias = "_core.PackedExperts | _cuda.PackedExperts"
@@ -48,7 +48,8 @@ class ExpertWeights:
         w_out: E tensors ``[D, F]``.
         b_in: E tensors ``[F]`` (gated: ``[2F]``), or ``None``.
         b_out: E tensors ``[D]``, or ``None``.
-        activation: ``"identity"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``.
+        activation: ``"identity"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"``, ``"silu"``; ``"clamped_swiglu"``:
+            gpt-oss's, gated only: ``g sigmoid(1.702 g) (u + 1)``, gate g at most 7, u in [-7, 7].
         gated: ``y = act(x W_gate^T) * (x W_up^T)`` instead of ``act(x W_in^T)``.
     """
 

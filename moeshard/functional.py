@@ -117,7 +117,8 @@ def pack(
         w_in: ``[E, F, D]`` (gated: ``[E, 2F, D]``, gate rows first) float32, bfloat16 or float16, in CPU memory or on a
             CUDA device: one tensor or a sequence of E tensors, as ``nn.Linear`` and HuggingFace keep them.
         w_out: ``[E, D, F]``.
-        activation: ``"identity"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``.
+        activation: ``"identity"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"``, ``"silu"``; ``"clamped_swiglu"``:
+            gpt-oss's, gated only: ``g sigmoid(1.702 g) (u + 1)``, gate g at most 7, u in [-7, 7].
         gated: ``y = act(x W_gate^T) * (x W_up^T)``.
         b_in: ``[E, F]`` (gated: ``[E, 2F]``) or ``None``.
         b_out: ``[E, D]`` or ``None``.
@@ -165,7 +166,8 @@ def fused_experts(
         top_k_weights: ``[..., K]`` float32, bfloat16 or float16, finite.
         w_in: ``[E, F, D]`` (gated: ``[E, 2F, D]``, gate rows first).
         w_out: ``[E, D, F]``.
-        activation: ``"identity"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``.
+        activation: ``"identity"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"``, ``"silu"``; ``"clamped_swiglu"``:
+            gpt-oss's, gated only: ``g sigmoid(1.702 g) (u + 1)``, gate g at most 7, u in [-7, 7].
         gated: ``y = act(x W_gate^T) * (x W_up^T)``.
         b_in: ``[E, F]`` (gated: ``[E, 2F]``) or ``None``.
         b_out: ``[E, D]`` or ``None``.

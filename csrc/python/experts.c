@@ -166,7 +166,7 @@ PyDoc_STRVAR(
     "    dtype: storage, 'float32', 'bfloat16', 'float16' or 'int8' (each row of w_in and w_out "
     "times a float32 scale:\n"
     "        its largest magnitude / 127; a row with a NaN or an infinity becomes NaN).\n"
-    "    activation: 'identity', 'relu', 'gelu' (erf), 'gelu_tanh' or 'silu'.\n"
+    "    activation: 'identity', 'relu', 'gelu' (erf), 'gelu_tanh', 'silu' or 'clamped_swiglu'.\n"
     "    gated: y = act(x W_gate^T) * (x W_up^T); w_in then holds the gate rows, then the up "
     "rows.\n"
     "    b_in: whether the experts have an inner bias.\n"

@@ -12,7 +12,8 @@ static const char *const activations[MS_ACTIVATION_COUNT] = {[MS_IDENTITY] = "id
                                                              [MS_RELU] = "relu",
                                                              [MS_GELU] = "gelu",
                                                              [MS_GELU_TANH] = "gelu_tanh",
-                                                             [MS_SILU] = "silu"};
+                                                             [MS_SILU] = "silu",
+                                                             [MS_CLAMPED_SWIGLU] = "clamped_swiglu"};
 
 static const ms_experts_spec *spec_of(PyObject *self) { return ((experts_head *)self)->spec; }
 

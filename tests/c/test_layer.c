@@ -211,6 +211,7 @@ static void layers_equal_the_reference(void) {
       check_problem(sizes[i][0], sizes[i][1], sizes[i][2], K, 1, MS_RELU, false, true);
       check_problem(sizes[i][0], sizes[i][1], sizes[i][2], K, 8, MS_GELU, false, false);
       check_problem(sizes[i][0], sizes[i][1], sizes[i][2], K, 3, MS_SILU, true, i % 2 == 0);
+      check_problem(sizes[i][0], sizes[i][1], sizes[i][2], K, 2, MS_CLAMPED_SWIGLU, true, true);
     }
   check_problem(2500, 16, 24, 1, 2, MS_RELU, false, false);  // several waves, one hot expert
   check_problem(1025, 16, 24, 1, 1, MS_RELU, false, false);  // one row over a wave
