@@ -80,6 +80,7 @@ class PackedExperts:
         gated: bool,
         b_in: bool,
         b_out: bool,
+        interleaved: bool = False,
     ) -> Self: ...
     def pack(
         self,

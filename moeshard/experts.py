@@ -51,6 +51,7 @@ class ExpertWeights:
         activation: ``"identity"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"``, ``"silu"``; ``"clamped_swiglu"``:
             gpt-oss's, gated only: ``g sigmoid(1.702 g) (u + 1)``, gate g at most 7, u in [-7, 7].
         gated: ``y = act(x W_gate^T) * (x W_up^T)`` instead of ``act(x W_in^T)``.
+        interleaved: the rows of ``w_in`` and ``b_in`` alternate, gate 0, up 0, gate 1, ... (gpt-oss).
     """
 
     w_in: Stack
@@ -59,6 +60,7 @@ class ExpertWeights:
     b_out: Stack | None = None
     activation: Activation = "relu"
     gated: bool = False
+    interleaved: bool = False
 
     def sizes(self) -> Sizes:
         """Check every shape and dtype.
@@ -128,6 +130,7 @@ class ExpertWeights:
             gated=self.gated,
             b_in=self.b_in is not None,
             b_out=self.b_out is not None,
+            interleaved=self.interleaved,
         )
 
     def of(self, expert: int) -> Tensors:

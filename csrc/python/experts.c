@@ -153,7 +153,8 @@ static PyGetSetDef getset[] = {
 
 PyDoc_STRVAR(
     type_doc,
-    "PackedExperts(*, columns, d_model, d_ff, dtype, activation, gated, b_in, b_out)\n--\n\n"
+    "PackedExperts(*, columns, d_model, d_ff, dtype, activation, gated, b_in, b_out, "
+    "interleaved=False)\n--\n\n"
     "This rank's columns of every expert of a layer, laid out for the kernels. Filled expert by "
     "expert with pack.\n\n"
     "Holds the packed weights and nothing else. Any number of threads may compute with it at "
@@ -170,7 +171,8 @@ PyDoc_STRVAR(
     "    gated: y = act(x W_gate^T) * (x W_up^T); w_in then holds the gate rows, then the up "
     "rows.\n"
     "    b_in: whether the experts have an inner bias.\n"
-    "    b_out: whether the experts have an output bias.\n\n"
+    "    b_out: whether the experts have an output bias.\n"
+    "    interleaved: the rows of what is packed alternate instead: gate 0, up 0, gate 1, ...\n\n"
     "Raises:\n"
     "    ArgumentError: a size or a column range out of bounds, or an unknown activation.\n"
     "    ShapeError: columns is not [E, 2].\n"
