@@ -50,6 +50,13 @@ class PackedExperts:
         self.dtype: Storage = packed.dtype
         self.nbytes = packed.nbytes
 
+    @classmethod
+    def of(cls, weights: ExpertWeights, dtype: object = None) -> PackedExperts:
+        """Pack any weights for one rank; arguments and errors as :func:`moeshard.pack`."""
+        sizes = weights.sizes()
+        columns = Plan.shard(1, sizes.num_experts, sizes.d_ff).columns[0]
+        return cls(weights.pack(columns, sizes, sizes.dtype if dtype is None else storage_name(dtype)))
+
     def __call__(
         self,
         hidden: Tensor,
@@ -139,10 +146,7 @@ def pack(
         >>> pack(np.ones((2, 3, 4), np.float32), np.ones((2, 4, 3), np.float32)).num_experts
         2
     """
-    weights = ExpertWeights(w_in, w_out, b_in, b_out, activation, gated)
-    sizes = weights.sizes()
-    columns = Plan.shard(1, sizes.num_experts, sizes.d_ff).columns[0]
-    return PackedExperts(weights.pack(columns, sizes, sizes.dtype if dtype is None else storage_name(dtype)))
+    return PackedExperts.of(ExpertWeights(w_in, w_out, b_in, b_out, activation, gated), dtype)
 
 
 def fused_experts(

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import _core
 from ..experts import ExpertWeights
 from ..layer import ShardedExperts
 from . import Capacity, activation_of, refuse_training
@@ -37,12 +36,12 @@ class ShardedList(nn.Module):
 class ListedExperts:
     """Adapter of a block with a list of feed-forward experts; see :class:`moeshard.Adapter`.
 
+    Experts without a gate: with one in a layer of its own, no view of the two is the ``[2F, D]`` that is needed.
     The block's ``forward`` must return what ``experts`` returns; for anything else, write ``build`` in a subclass.
 
     Args:
         w_in: name of each expert's first ``nn.Linear``.
         w_out: of its second.
-        gate: of the one whose activated outputs multiply the first's, if there is one.
         activation: of the activation, a module or function of the expert.
         experts: of the list in the block, a ``ModuleList`` or ``ModuleDict``.
         route: ``route(block, hidden_states [.., D])`` returns ``top_k_index`` [.., K] (-1: no expert) and ``top_k_weights``
@@ -62,18 +61,15 @@ class ListedExperts:
         w_out: str,
         activation: str,
         route: Route,
-        gate: str | None = None,
         experts: str = "experts",
     ) -> None:
         """Remember the names."""
-        self.w_in, self.w_out, self.gate = w_in, w_out, gate
-        self.activation, self.route, self.experts = activation, route, experts
+        self.w_in, self.w_out, self.activation = w_in, w_out, activation
+        self.route, self.experts = route, experts
 
     def weights(self, block: nn.Module) -> ExpertWeights:
-        """The experts' layers. With a gate, the two first matrices as one would have to be a copy: refused."""
+        """The experts' layers."""
         experts = self._list(block)
-        if self.gate is not None:
-            raise _core.ArgumentError("gate: experts with a gate in a matrix of its own are not there yet")
         linears = [(getattr(expert, self.w_in), getattr(expert, self.w_out)) for expert in experts]
         has_b_in, has_b_out = (linears[0][i].bias is not None for i in range(2))
         return ExpertWeights(
