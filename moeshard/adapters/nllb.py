@@ -25,7 +25,7 @@ from . import Capacity, Family, activation_of, refuse_training
 
 FAMILY = Family(
     name="NLLB-MoE (facebook/nllb-moe-54b), encoder and decoder",
-    replaces="NllbMoeSparseMLP",
+    replaces="`NllbMoeSparseMLP`",
     transformers="5, 4.57",
     experts="ReLU, biases",
     routing="top-2, gates normalised; capacity is `moe_eval_capacity_token_fraction` of the tokens (1: none is dropped)",

@@ -23,7 +23,7 @@ from . import Capacity, Family, activation_of, refuse_training
 
 FAMILY = Family(
     name="nomic-embed-text-v2-moe",
-    replaces="NomicExperts",
+    replaces="`NomicExperts`",
     transformers="hub code",
     experts="exact GELU, one bias after all experts",
     routing="top-2, weights not normalised; nothing is dropped",
