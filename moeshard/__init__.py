@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .experts import ExpertWeights
     from .functional import PackedExperts, fused_experts, pack
     from .group import Group, init
+    from .implementation import disable_transformers, enable_transformers
     from .launcher import Ranks, launch, worker_state
     from .layer import ShardedExperts
     from .plans import Plan
@@ -69,6 +70,8 @@ __all__ = [
     "Report",
     "ShapeError",
     "ShardedExperts",
+    "disable_transformers",
+    "enable_transformers",
     "fused_experts",
     "init",
     "launch",
@@ -90,6 +93,7 @@ _ROOMS = {
     "experts": ("ExpertWeights",),
     "functional": ("PackedExperts", "fused_experts", "pack"),
     "group": ("Group", "init"),
+    "implementation": ("disable_transformers", "enable_transformers"),
     "launcher": ("Ranks", "launch", "worker_state"),
     "layer": ("ShardedExperts",),
     "plans": ("Plan",),
