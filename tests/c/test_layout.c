@@ -225,9 +225,15 @@ static ms_experts *pack(const problem *p, int32_t rank) {
   ms_error err;
   ms_experts *x = NULL;
   int64_t F = p->plan.F, rows = p->gated ? 2 * F : F;
-  ms_experts_spec spec = {p->plan.E, p->D,      F,
-                          MS_F32,    MS_SILU,   p->gated,
-                          p->biases, p->biases, columns_of(&p->plan, rank, 0)};
+  ms_experts_spec spec = {.E = p->plan.E,
+                          .D = p->D,
+                          .F = F,
+                          .storage = MS_F32,
+                          .activation = MS_SILU,
+                          .gated = p->gated,
+                          .has_b_in = p->biases,
+                          .has_b_out = p->biases,
+                          .columns = columns_of(&p->plan, rank, 0)};
   CHECK_OK(ms_experts_create(&spec, &x, &err), err);
   for (int32_t e = 0; e < p->plan.E; e++) {
     ms_matrix w_in = {p->w_in + e * rows * p->D, MS_F32, rows, p->D, p->D, 1};
