@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .plans import Plan
     from .profiles import Profile, profile
     from .reports import Report, report
+    from .speeds import measure_speed
 
 __version__ = _core.__version__
 
@@ -74,6 +75,7 @@ __all__ = [
     "fused_experts",
     "init",
     "launch",
+    "measure_speed",
     "pack",
     "profile",
     "register_adapter",
@@ -97,6 +99,7 @@ _ROOMS = {
     "plans": ("Plan",),
     "profiles": ("Profile", "profile"),
     "reports": ("Report", "report"),
+    "speeds": ("measure_speed",),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
