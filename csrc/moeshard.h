@@ -219,8 +219,7 @@ typedef struct ms_rank_costs {
 } ms_rank_costs;
 
 // Predict the time of one layer under any table that is correct (ms_plan_check).
-// Copies of an expert must be disjoint sets of ranks that hold it whole; copy i of c serves the tokens of ranks
-// r with floor(r * c / R) = i.
+// A copy of an expert gets 1/c of its tokens, those of the ranks next to it.
 // Cost: O(R * E), allocates as much. Errors: MS_EINVAL a number that is not positive or not finite where it must be, or
 // sizes that do not fit; MS_ENOMEM.
 ms_status ms_plan_cost(const ms_plan *plan, const ms_cluster *cluster, const ms_moe_layer *layer,
@@ -234,7 +233,7 @@ typedef enum ms_layout_kind { // of simple ones first: the first of equals is ta
   MS_LAYOUT_HYBRID,           // groups of ranks in the place of ranks; inside, experts are cut
   MS_LAYOUT_HOT_SHARDED,      // the hottest experts over all ranks, the others as above
   MS_LAYOUT_HOT_COPIED,       // the hottest experts once for every hot_group ranks, the others as above
-  MS_LAYOUT_MIXED,            // found by looking at every table (tiny layers only)
+  MS_LAYOUT_MIXED,            // found by looking at every table (tiny layers only); copies only if those are wanted
   MS_LAYOUT_KINDS
 } ms_layout_kind;
 

@@ -83,7 +83,8 @@ def shard(
             weights on every rank; on the CPU, or on this rank's CUDA device, which then runs the layers.
         group: the ranks. ``None``: :func:`moeshard.init`.
         plan: the layout of each MoE layer. ``"auto"``, ``"shard"``: every expert over every rank;
-            ``"expert_parallel"``: each expert whole on one rank; or a :class:`moeshard.Plan`.
+            ``"expert_parallel"``: each expert whole on one rank; a :class:`moeshard.Plan`; or what :func:`moeshard.plan`
+            found for each layer.
         dtype: storage of the experts: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"int8"`` (weights within half a
             scale, see ``docs/numerics.md``) or torch's. ``None``: as it is.
         tokens: ``"local"``: each rank has its own batch; ``"replicated"``: all ranks hold the same.
@@ -221,7 +222,7 @@ def _site(
     try:
         weights = adapter.weights(block)
         sizes = weights.sizes()
-        table = plan_for(plan, group.size, sizes.num_experts, sizes.d_ff)
+        table = plan_for(plan, group.size, sizes.num_experts, sizes.d_ff, where)
     except _core.MoeshardError as error:
         raise type(error)(f"{where}: {error}") from error
     return Site(

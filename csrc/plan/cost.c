@@ -13,6 +13,9 @@
 // others. Loads are means over batches unless `exact`: an expert with load m is hit with probability 1 - exp(-m), and of
 // R ranks with equal means the slowest lies `spread` standard deviations above, except for what all ranks hold alike.
 //
+// An expert's tokens are split evenly over its copies, and go to the copy next to them: copy i of c serves the i-th part
+// of the ranks.
+//
 // Which of dense and sparse is taken: the one that is predicted faster. All-gather, reduce-scatter and all-to-all follow
 // the alpha-beta model of Thakur, Rabenseifner and Gropp (2005), doi 10.1177/1094342005051521: log2(p) messages in the
 // one, p - 1 in the other.
@@ -80,6 +83,8 @@ static double normal_quantile(double p) {
 static double expected_largest(int32_t n) { return n < 2 ? 0 : normal_quantile((n - 0.375) / (n + 0.25)); }
 
 static double larger(double a, double b) { return a > b ? a : b; }
+static int32_t at_least(int32_t a, int32_t b) { return a > b ? a : b; }
+static int32_t at_most(int32_t a, int32_t b) { return a < b ? a : b; }
 
 static double row_bytes(const ms_moe_layer *l) {
   return (double)l->D * l->token_size + (double)l->K * CHOICE;
@@ -187,14 +192,6 @@ double ms_costing_expert(const ms_costing *w, int32_t r, double rows, int64_t wi
   return hypot(arithmetic, hit * weights * w->layer->weight_size / (c->bandwidth_share * bandwidth)) + hit * c->expert;
 }
 
-// Share of all tokens that one copy serves.
-static double copy_share(const ms_costing *w, int32_t copies, int32_t copy) {
-  int32_t from, to;
-  if (copies == 1) return 1;
-  ms_copy_serves(w->cluster->R, copies, copy, &from, &to);
-  return w->tokens > 0 ? (w->before[to] - w->before[from]) / w->tokens : 0;
-}
-
 // Senders [from, to) want an expert of rank r with this probability.
 static void add_region(ms_costing *w, int32_t r, int32_t from, int32_t to, double chance) {
   ms_region *regions = w->regions + (int64_t)r * MS_REGIONS;
@@ -217,18 +214,15 @@ static void add_up(ms_costing *w, const ms_layout *l) {
   memset(w->ranks, 0, (size_t)R * sizeof *w->ranks);
   for (int32_t e = 0; e < l->filled; e++) {
     double load = w->layer->load[e], chance = w->tokens > 0 ? load / w->tokens : 0;
-    double hit = hit_chance(w, load), weights = 0;
+    double hit = hit_chance(w, load / at_least(l->copies[e], 1)), weights = 0;
     int64_t width = -1;
     int32_t from = 0, to = R, copy = -1;
     for (int64_t i = l->first[e]; i < l->first[e + 1]; i++) {
       const ms_part *part = &l->parts[i];
       ms_rank_state *rank = &w->ranks[part->rank];
       if (part->width != width) weights = weights_of(w, width = part->width) * w->layer->weight_size;
-      if (l->copies[e] > 1 && part->copy != copy) {
-        copy = part->copy;
-        ms_copy_serves(R, l->copies[e], copy, &from, &to);
-        hit = hit_chance(w, load * copy_share(w, l->copies[e], copy));
-      }
+      if (l->copies[e] > 1 && part->copy != copy)
+        ms_copy_serves(R, l->copies[e], copy = part->copy, &from, &to);
       rank->memory += weights;
       rank->bytes += hit * weights;
       add_region(w, part->rank, from, to, chance);
@@ -257,19 +251,13 @@ static void time_experts(ms_costing *w, const ms_layout *l) {
     per_flop[r] = 2 / (c->flops_share * c->flops[r]);
   }
   for (int32_t e = 0; e < l->filled; e++) {
-    double load = w->layer->load[e], rows = load, hit = hit_chance(w, rows), weights = 0;
+    double rows = w->layer->load[e] / at_least(l->copies[e], 1), hit = hit_chance(w, rows), weights = 0;
     bool common = l->first[e + 1] - l->first[e] == R && l->copies[e] == 1; // its luck is every rank's
     int64_t width = -1;
-    int32_t copy = -1;
     for (int64_t i = l->first[e]; i < l->first[e + 1]; i++) {
       const ms_part *part = &l->parts[i];
       int32_t r = part->rank;
       if (part->width != width) weights = weights_of(w, width = part->width);
-      if (l->copies[e] > 1 && part->copy != copy) {
-        copy = part->copy;
-        rows = load * copy_share(w, l->copies[e], copy);
-        hit = hit_chance(w, rows);
-      }
       double arithmetic = (rows + hit * c->idle_rows) * weights * per_flop[r];
       double reading = hit * weights * per_byte[r];
       w->ranks[r].ffn += sqrt(arithmetic * arithmetic + reading * reading) + hit * c->expert;
@@ -291,9 +279,6 @@ static double reach(int32_t K, double sum, double largest) {
   double found = apart > largest ? apart : largest;
   return found < 1 ? found : 1;
 }
-
-static int32_t at_least(int32_t a, int32_t b) { return a > b ? a : b; }
-static int32_t at_most(int32_t a, int32_t b) { return a < b ? a : b; }
 
 // Senders [from, to) each have the same chance to reach r: what arrives there, and what they send.
 static void add_flow(ms_costing *w, int32_t r, int32_t from, int32_t to, double chance) {

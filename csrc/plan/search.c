@@ -347,7 +347,7 @@ static ms_status descend(search *s, exact *x, int32_t depth, ms_error *err) {
 static ms_status search_exact(search *s, bool *proven, ms_error *err) {
   int32_t E = s->layer->E, R = s->cluster->R;
   exact x = {.units = s->layer->F < UNITS ? (int32_t)s->layer->F : UNITS};
-  for (int32_t copies = 1; copies <= R; copies++) {
+  for (int32_t copies = 1; copies <= (wanted(s, MS_LAYOUT_HOT_COPIED) ? R : 1); copies++) {
     row now = {.copies = copies};
     int32_t left[EXACT_RANKS] = {x.units, x.units, x.units};
     list_rows(&x, &now, R, 0, left);
