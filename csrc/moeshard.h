@@ -219,7 +219,7 @@ typedef struct ms_rank_costs {
 } ms_rank_costs;
 
 // Predict the time of one layer under any table that is correct (ms_plan_check).
-// A copy of an expert gets 1/c of its tokens, those of the ranks next to it.
+// A copy of an expert gets 1/c of its tokens, those of its own ranks first.
 // Cost: O(R * E), allocates as much. Errors: MS_EINVAL a number that is not positive or not finite where it must be, or
 // sizes that do not fit; MS_ENOMEM.
 ms_status ms_plan_cost(const ms_plan *plan, const ms_cluster *cluster, const ms_moe_layer *layer,

@@ -17,6 +17,7 @@ from .experts import ExpertWeights, Sizes, storage_name
 from .group import Group, init
 from .interrupts import interrupts_put_off
 from .layer import ShardedExperts, is_replicated
+from .planner.results import ModelPlan
 from .plans import Plan, PlanChoice, plan_for
 from .streaming import Load, allocate, empty, pack_and_free, unpack_and_free
 
@@ -201,6 +202,8 @@ def _sites(model: nn.Module, group: Group, plan: PlanChoice, dtype: object) -> l
                 f"on {site.sizes.device}; a rank works on one: model.to({first.sizes.device!r})"
             )
     _check_not_shared(model, sites)
+    if isinstance(plan, ModelPlan):
+        plan.check_layers([site.name for site in sites])
     return sites
 
 
@@ -222,7 +225,7 @@ def _site(
     try:
         weights = adapter.weights(block)
         sizes = weights.sizes()
-        table = plan_for(plan, group.size, sizes.num_experts, sizes.d_ff, where)
+        table = plan_for(plan, group.size, sizes.num_experts, sizes.d_ff, name)
     except _core.MoeshardError as error:
         raise type(error)(f"{where}: {error}") from error
     return Site(

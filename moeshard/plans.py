@@ -269,7 +269,9 @@ def plan_for(plan: PlanChoice, ranks: int, num_experts: int, d_ff: int, layer: s
         return Plan.shard(ranks, num_experts, d_ff)
     if plan == "expert_parallel":
         return Plan.expert_parallel(ranks, num_experts, d_ff)
-    raise _core.ArgumentError(f"plan: expected a moeshard.Plan, what moeshard.plan returned, 'auto', 'shard' or 'expert_parallel', got {plan!r}")
+    raise _core.ArgumentError(
+        f"plan: expected a moeshard.Plan, what moeshard.plan returned, 'auto', 'shard' or 'expert_parallel', got {plan!r}"
+    )
 
 
 def _span(values: NDArray[np.int64]) -> str:

@@ -13,8 +13,7 @@
 // others. Loads are means over batches unless `exact`: an expert with load m is hit with probability 1 - exp(-m), and of
 // R ranks with equal means the slowest lies `spread` standard deviations above, except for what all ranks hold alike.
 //
-// An expert's tokens are split evenly over its copies, and go to the copy next to them: copy i of c serves the i-th part
-// of the ranks.
+// An expert's tokens are split evenly over its copies, and stay with the copy that their own rank is in where they can.
 //
 // Which of dense and sparse is taken: the one that is predicted faster. All-gather, reduce-scatter and all-to-all follow
 // the alpha-beta model of Thakur, Rabenseifner and Gropp (2005), doi 10.1177/1094342005051521: log2(p) messages in the
@@ -27,7 +26,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { PARTIAL = 4, CHOICE = 8 }; // bytes of an element of a partial output; of a choice: index and weight
+enum {
+  PARTIAL = 4,  // bytes of an element of a partial output
+  CHOICE = 8,   // of a choice: index and weight
+  FEW_RANKS = 8 // up to which every sender of a copy is looked at
+};
 
 // ---- checks ---------------------------------------------------------------------------------------
 
@@ -126,10 +129,13 @@ ms_status ms_costing_create(const ms_cluster *cluster, const ms_moe_layer *layer
   out->host_end = malloc(n * sizeof *out->host_end);
   out->host_bytes = malloc(n * sizeof *out->host_bytes);
   out->difference = malloc(3 * (n + 1) * sizeof *out->difference);
+  out->copy_from = malloc(n * sizeof *out->copy_from);
+  out->copy_to = malloc(n * sizeof *out->copy_to);
+  out->copy_size = malloc(n * sizeof *out->copy_size);
   out->ranks = malloc(n * sizeof *out->ranks);
   out->regions = malloc(n * MS_REGIONS * sizeof *out->regions);
   if (!out->before || !out->host_of || !out->host_end || !out->host_bytes || !out->difference || !out->ranks ||
-      !out->regions) {
+      !out->copy_from || !out->copy_to || !out->copy_size || !out->regions) {
     ms_costing_free(out);
     return ms_fail(err, MS_ENOMEM, "no memory to plan for %d ranks", R);
   }
@@ -162,6 +168,9 @@ void ms_costing_free(ms_costing *w) {
   free(w->host_end);
   free(w->host_bytes);
   free(w->difference);
+  free(w->copy_from);
+  free(w->copy_to);
+  free(w->copy_size);
   free(w->ranks);
   free(w->regions);
   *w = (ms_costing){0};
@@ -208,6 +217,43 @@ static void add_region(ms_costing *w, int32_t r, int32_t from, int32_t to, doubl
   regions[i].largest = larger(regions[i].largest, chance);
 }
 
+// Which senders go to which copy: those that are in a copy go there as far as it has room for 1/c of all tokens, the
+// others where room is left. On few ranks for each sender; on many only for copies that are consecutive ranks, of which
+// each serves its own, else every sender goes to all copies alike.
+static void add_copies(ms_costing *w, const ms_layout *l, int32_t e, double chance) {
+  int32_t R = w->cluster->R, c = l->copies[e], members = (int32_t)(l->first[e + 1] - l->first[e]);
+  int32_t *from = w->copy_from, *to = w->copy_to, *size = w->copy_size;
+  for (int32_t i = 0; i < c; i++) {
+    from[i] = R;
+    to[i] = size[i] = 0;
+  }
+  int32_t in[FEW_RANKS];
+  for (int32_t r = 0; r < R && R <= FEW_RANKS; r++) in[r] = -1;
+  for (int64_t i = l->first[e]; i < l->first[e + 1]; i++) {
+    const ms_part *part = &l->parts[i];
+    from[part->copy] = at_most(from[part->copy], part->rank);
+    to[part->copy] = at_least(to[part->copy], part->rank + 1);
+    size[part->copy]++;
+    if (R <= FEW_RANKS) in[part->rank] = part->copy;
+  }
+  double room = 0, most = (double)R / c; // ranks' worth of tokens that a copy serves
+  for (int32_t i = 0; i < c; i++) room += larger(most - size[i], 0);
+  for (int64_t i = l->first[e]; i < l->first[e + 1]; i++) {
+    int32_t r = l->parts[i].rank, copy = l->parts[i].copy, n = size[copy];
+    if (R > FEW_RANKS) {
+      bool own = members == R && n * c == R && to[copy] - from[copy] == n;
+      add_region(w, r, own ? from[copy] : 0, own ? to[copy] : R, own ? chance : chance / c);
+      continue;
+    }
+    for (int32_t s = 0; s < R; s++) {
+      double stays = in[s] < 0 ? 0 : size[in[s]] > most ? most / size[in[s]] : 1;
+      double there = in[s] == copy ? stays : 0;
+      if (room > 0) there += (1 - stays) * larger(most - n, 0) / room;
+      if (there > 0) add_region(w, r, s, s + 1, chance * there);
+    }
+  }
+}
+
 // What each rank holds, reads and is wanted for.
 static void add_up(ms_costing *w, const ms_layout *l) {
   int32_t R = w->cluster->R;
@@ -216,17 +262,15 @@ static void add_up(ms_costing *w, const ms_layout *l) {
     double load = w->layer->load[e], chance = w->tokens > 0 ? load / w->tokens : 0;
     double hit = hit_chance(w, load / at_least(l->copies[e], 1)), weights = 0;
     int64_t width = -1;
-    int32_t from = 0, to = R, copy = -1;
     for (int64_t i = l->first[e]; i < l->first[e + 1]; i++) {
       const ms_part *part = &l->parts[i];
       ms_rank_state *rank = &w->ranks[part->rank];
       if (part->width != width) weights = weights_of(w, width = part->width) * w->layer->weight_size;
-      if (l->copies[e] > 1 && part->copy != copy)
-        ms_copy_serves(R, l->copies[e], copy = part->copy, &from, &to);
       rank->memory += weights;
       rank->bytes += hit * weights;
-      add_region(w, part->rank, from, to, chance);
+      if (l->copies[e] == 1) add_region(w, part->rank, 0, R, chance);
     }
+    if (l->copies[e] > 1) add_copies(w, l, e, chance);
   }
   memset(w->host_bytes, 0, (size_t)R * sizeof *w->host_bytes);
   for (int32_t r = 0; r < R; r++) w->host_bytes[w->host_of[r]] += w->ranks[r].bytes;

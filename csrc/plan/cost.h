@@ -31,6 +31,7 @@ typedef struct ms_costing {
   int32_t *host_end;    // [R] owned: the end of it
   double *host_bytes;   // [R] owned: by first rank
   double *difference;   // [3][R+1] owned
+  int32_t *copy_from, *copy_to, *copy_size; // [R] owned: of the copies of one expert: its ranks
   ms_rank_state *ranks; // [R] owned: of the layout asked about last
   ms_region *regions;   // [R][MS_REGIONS] owned
 } ms_costing;

@@ -33,10 +33,4 @@ void ms_layout_add(ms_layout *layout, int32_t rank, int32_t copy, int64_t width)
 ms_status ms_layout_from_plan(const ms_plan *plan, ms_layout *out, ms_error *err);
 ms_status ms_layout_to_plan(const ms_layout *layout, ms_plan *out, ms_error *err);
 
-// Ranks [*from, *to) whose tokens copy i of c serves, when every rank has as many and copies lie on consecutive ranks.
-static inline void ms_copy_serves(int32_t R, int32_t c, int32_t i, int32_t *from, int32_t *to) {
-  *from = (int32_t)(((int64_t)R * i + c - 1) / c);
-  *to = (int32_t)(((int64_t)R * (i + 1) + c - 1) / c);
-}
-
 #endif

@@ -7,7 +7,7 @@ import base64
 import json
 import textwrap
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -153,15 +153,29 @@ class ModelPlan(Tabular):
             2
         """
         same = [layer for layer in self.layers if layer.name == name] or [
-            layer for layer in self.layers if name.endswith(f".{layer.name}") or layer.name.endswith(f".{name}")
+            layer for layer in self.layers if _same(layer.name, name)
         ]
-        if len(same) != 1 and len(self.layers) == 1 and not name:
+        if not name and len(self.layers) == 1:
             same = list(self.layers)
         if len(same) != 1:
             raise _core.ArgumentError(
                 f"plan: it has no layer {name!r}, only {', '.join(layer.name for layer in self.layers)}"
             )
         return same[0].plan
+
+    def check_layers(self, names: Sequence[str]) -> None:
+        """Check that the plan has no layer that a model does not have.
+
+        Raises:
+            ArgumentError: it has; names them.
+        """
+        if names == [""]:
+            return
+        extra = [layer.name for layer in self.layers if not any(_same(layer.name, name) for name in names)]
+        if extra:
+            raise _core.ArgumentError(
+                f"plan: made for {len(self.layers)} layers, the model has no {', '.join(extra)}; it has {', '.join(names)}"
+            )
 
     # ---- printing -------------------------------------------------------------------------------------
 
@@ -341,6 +355,11 @@ class ModelPlan(Tabular):
             )
         model = ModelShape(found["model"], tuple(layer.shape for layer in layers))
         return cls(model, found["ranks"], tuple(found["tokens"]), Machine.from_dict(found["machine"]), tuple(layers))
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two names mean one layer: equal, or equal but for what stands before a dot."""
+    return one == other or one.endswith(f".{other}") or other.endswith(f".{one}")
 
 
 _ARRAYS = ("ffn", "memory", "gathered", "combined")
