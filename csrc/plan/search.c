@@ -47,37 +47,29 @@ typedef struct search {
   double *group_load, *group_bytes, *group_speed; // [R]
   int32_t *owner;        // [E] group of each expert
   int64_t *width;        // [R]
-  double *remainder;     // [R]
 } search;
 
 static bool wanted(const search *s, ms_layout_kind kind) { return s->kinds >> kind & 1; }
 
 // ---- building ---------------------------------------------------------------------------------------
 
-// Widths of ranks [from, from + ranks), by speed. Odd columns go first to the largest remainders, and among equal ones
-// take turns with the expert.
+// Widths of ranks [from, from + ranks), near-equal or within a column of what their speed asks for. Odd columns take turns
+// with the expert: by the golden ratio, whose multiples fill [0, 1) evenly.
 static void cut(search *s, int32_t e, int32_t from, int32_t ranks, bool uneven) {
-  int64_t F = s->layer->F, left = F;
+  int64_t F = s->layer->F;
   if (!uneven) {
     int32_t odd = (int32_t)(F % ranks), turn = (int32_t)((int64_t)odd * e % ranks);
     for (int32_t i = 0; i < ranks; i++) s->width[i] = F / ranks + ((i - turn + ranks) % ranks < odd);
     return;
   }
-  double total = 0;
+  double total = 0, done = 0, phase = fmod(e * 0.6180339887498949, 1);
   for (int32_t i = 0; i < ranks; i++) total += s->speed[from + i];
+  int64_t start = 0;
   for (int32_t i = 0; i < ranks; i++) {
-    double exact = (double)F * s->speed[from + i] / total;
-    s->width[i] = (int64_t)exact;
-    s->remainder[i] = exact - (double)s->width[i];
-    left -= s->width[i];
-  }
-  for (; left > 0; left--) {
-    int32_t best = 0;
-    for (int32_t i = 1; i < ranks; i++)
-      if (s->remainder[(i + e) % ranks] > s->remainder[(best + e) % ranks]) best = i;
-    best = (best + e) % ranks;
-    s->width[best]++;
-    s->remainder[best] = -1;
+    done += s->speed[from + i];
+    int64_t stop = i + 1 == ranks ? F : (int64_t)(done / total * (double)F + phase);
+    s->width[i] = (stop < F ? stop : F) - start;
+    start += s->width[i];
   }
 }
 
@@ -197,7 +189,7 @@ static ms_status find_speeds(search *s, ms_error *err) {
   ms_cost ignored;
   int32_t R = s->cluster->R;
   for (int32_t r = 0; r < R; r++) s->speed[r] = s->cluster->flops[r] / s->cluster->flops[0];
-  for (int round = 0; round < SPEED_ROUNDS; round++) {
+  for (int round = 0; round < SPEED_ROUNDS && !alike(s->cluster); round++) {
     recipe even = {.group = R, .uneven = true, .hot_group = R};
     MS_TRY(build(s, &even, err));
     ms_costing_run(&s->costing, &s->trial, &ignored);
@@ -430,7 +422,6 @@ static void drop(search *s) {
   free(s->group_speed);
   free(s->owner);
   free(s->width);
-  free(s->remainder);
 }
 
 static ms_status take(search *s, ms_error *err) {
@@ -447,9 +438,8 @@ static ms_status take(search *s, ms_error *err) {
   s->group_bytes = malloc(ranks * sizeof *s->group_bytes);
   s->group_speed = malloc(ranks * sizeof *s->group_speed);
   s->width = malloc(ranks * sizeof *s->width);
-  s->remainder = malloc(ranks * sizeof *s->remainder);
   if (!s->order || !s->seconds || !s->owner || !s->speed || !s->group_load || !s->group_bytes || !s->group_speed ||
-      !s->width || !s->remainder)
+      !s->width)
     return ms_fail(err, MS_ENOMEM, "no memory to plan for %d ranks and %d experts", R, E);
   return MS_OK;
 }

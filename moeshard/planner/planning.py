@@ -71,10 +71,37 @@ def plan(
         >>> found.layers[0].plan.ranks
         2
     """
-    model = model_shape(model_or_shapes)
+    return plan_on(
+        model_shape(model_or_shapes), ranks, tokens, histogram, machine(devices), layout=layout, hosts=hosts
+    )
+
+
+def plan_on(
+    model: ModelShape,
+    ranks: int,
+    tokens: float | Sequence[float],
+    histogram: object,
+    ranks_of: Machine,
+    *,
+    layout: LayoutChoice = "auto",
+    hosts: int | None = None,
+    compare: bool = True,
+) -> ModelPlan:
+    """:func:`plan` for a shape and a machine.
+
+    Args:
+        model: the layers.
+        ranks: number of ranks R.
+        tokens: of each rank.
+        histogram: popularity of the experts.
+        ranks_of: the machine.
+        layout: ``"auto"`` or a family.
+        hosts: how many the ranks are spread over.
+        compare: with a family: also look at the others, to say what they would take.
+    """
     _check(ranks, layout)
     each = _tokens(ranks, tokens)
-    ranks_of = machine(devices).on_hosts(ranks, hosts)
+    ranks_of = ranks_of.on_hosts(ranks, hosts)
     memory = ranks_of.memory(ranks)
     wanted = loads(model, histogram, float(each.sum()))
     # Layers that are alike but for their names are planned once.
@@ -85,7 +112,7 @@ def plan(
         if key not in done:
             room = memory * (shape.weight_bytes / model.weight_bytes)
             try:
-                done[key] = _plan_layer(shape, load, each, ranks_of, room, layout)
+                done[key] = _plan_layer(shape, load, each, ranks_of, room, layout, compare)
             except _core.RangeError:
                 raise _core.RangeError(_too_big(model, memory, layout)) from None
         layers.append(replace(done[key], shape=shape))
@@ -174,30 +201,34 @@ def _plan_layer(
     ranks_of: Machine,
     room: NDArray[np.float64],
     layout: LayoutChoice,
+    compare: bool,
 ) -> LayerPlan:
-    ranks = len(tokens)
-    machine_arrays = ranks_of.arrays(ranks, shape.dtype, room)
+    arrays = ranks_of.arrays(len(tokens), shape.dtype, room)
     layer = arguments(shape, load, tokens)
-    runs = ALL if ranks_of.copies else ALL & ~COPIED
-    columns, copies, candidates, chosen, proven = _core.plan_search(machine_arrays, layer, runs)
-    others = [_alternative(candidate) for candidate in candidates]
-    best = others[chosen]
+
+    def search(kinds: int) -> tuple[NDArray[np.int64], NDArray[np.int32], list[Alternative], Alternative, bool]:
+        columns, copies, candidates, chosen, proven = _core.plan_search(arrays, layer, kinds)
+        others = [_alternative(candidate) for candidate in candidates]
+        return columns, copies, others, others[chosen], proven
+
+    every = ALL if ranks_of.copies else ALL & ~COPIED
     if layout == "auto":
+        columns, copies, others, taken, proven = search(every)
+        best = taken
         near = [o for o in others if o.fits and o.times.total <= best.times.total * (1 + MARGIN)]
-        taken = min(near, key=lambda other: KINDS.index(other.kind))
-        kinds = 1 << KINDS.index(taken.kind)
+        simplest = min(near, key=lambda other: KINDS.index(other.kind))
+        if simplest.kind != best.kind:
+            columns, copies, _, taken, proven = search(1 << KINDS.index(simplest.kind))
     else:
-        kinds = 1 << KINDS.index(layout)
-        taken = best
-    if layout != "auto" or taken is not best:
         try:
-            columns, copies, candidates, chosen, _ = _core.plan_search(machine_arrays, layer, kinds)
+            columns, copies, others, taken, proven = search(1 << KINDS.index(layout))
         except _core.ArgumentError as error:
-            raise _core.ArgumentError(f"layout: {layout!r} is not there for {ranks} ranks ({error})") from error
-        proven = False
-        taken = _alternative(candidates[chosen])
-        if all(other.layout != taken.layout for other in others):
-            others.append(taken)
+            raise _core.ArgumentError(f"layout: {layout!r} is not there for {len(tokens)} ranks ({error})") from error
+        best = taken
+        if compare:
+            _, _, others, best, _ = search(every)
+            if all(other.layout != taken.layout for other in others):
+                others.append(taken)
     table = Plan.from_columns(columns, shape.d_ff, copies)
     times, each = predict(shape, table, load, tokens, ranks_of)
     others.sort(key=lambda other: (not other.fits, other.times.total))
@@ -209,7 +240,7 @@ def _plan_layer(
         *each,
         tuple(others),
         proven,
-        _why(taken, best, others, layout != "auto", ranks, shape),
+        _why(taken, best, others, layout != "auto", len(tokens), shape),
     )
 
 

@@ -15,7 +15,7 @@ from .. import _core
 from ..tables import Tabular
 from .histograms import loads
 from .machines import Machine, machine
-from .planning import LayoutChoice, arguments, plan
+from .planning import LayoutChoice, arguments, plan_on
 from .results import ModelPlan
 from .shapes import model_shape
 
@@ -157,9 +157,7 @@ def simulate(
     failure: _core.MoeshardError | None = None
     for layout in layouts:
         try:
-            found = plan(
-                model, ranks=ranks, tokens=tokens, histogram=histogram, devices=ranks_of, layout=layout, hosts=hosts
-            )
+            found = plan_on(model, ranks, tokens, histogram, ranks_of, layout=layout, hosts=hosts, compare=False)
         except (_core.RangeError, _core.ArgumentError) as error:
             if layout == "shard" and not isinstance(error, _core.RangeError):
                 raise

@@ -56,7 +56,7 @@ static ms_cost cost_of(const scene *s, const ms_plan *plan, const ms_rank_costs 
 }
 
 #define CHECK_NEAR(got, wanted)                                                                    \
-  CHECK_THAT(fabs((got) - (wanted)) <= 1e-9 * fabs(wanted) + 1e-15, "%s is %.12g, expected %.12g", #got, (double)(got), \
+  CHECK_THAT(fabs((got) - (wanted)) <= 1e-9 * fabs((double)(wanted)) + 1e-15, "%s is %.12g, expected %.12g", #got, (double)(got), \
              (double)(wanted))
 
 static void the_steps_are_what_the_comment_says(void) {
@@ -145,7 +145,6 @@ static void ranks_of_a_host_share_its_memory(void) {
 
 static void copies_split_tokens_and_keep_them_at_home(void) {
   scene s;
-  ms_error err;
   double memory[4], gathered[4];
   plain(&s, 4, 1, 16, 1);
   int64_t columns[4][1][2] = {{{0, 16}}, {{0, 16}}, {{0, 16}}, {{0, 16}}};
