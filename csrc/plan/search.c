@@ -252,8 +252,7 @@ static ms_status try_usual(search *s, ms_error *err) {
       for (int k = 0; k < i; k++) before |= tried[k] == c->group;
       if (!before && (best < 0 || better(c, &s->candidates[best]))) best = j;
     }
-    if (best < 0) best = 0;
-    tried[i] = s->candidates[best].group;
+    tried[i] = best >= 0 ? s->candidates[best].group : i == 0 ? 1 : R; // nothing else was asked for: whole experts
     if (tried[i] < R) MS_TRY(try_hot(s, tried[i], err));
   }
   return MS_OK;
