@@ -186,6 +186,7 @@ typedef struct ms_cluster {
   double step;             // seconds that each of the five steps costs whatever its size
   double expert;           // seconds that each expert with rows costs a rank
   double slot;             // seconds of group, for each (token, choice)
+  double router;           // seconds that the model's router costs whatever its size
   double logit;            // seconds of route, for each (token, expert), beside the router's product
   double flops_share;      // of the peak, that large products reach
   double bandwidth_share;  // of the bandwidth, that streaming weights reaches

@@ -1,6 +1,6 @@
 // cost.c - what a layer takes under any table: the five steps, each from a handful of numbers of the machine.
 //
-//   route    tokens x experts: the router's product, and picking the largest; of the rank with the most tokens
+//   route    tokens x experts: the router's product, and picking the largest, over a fixed cost; of the rank with the most tokens
 //   gather   dense:  all-gather; ring inside a host and between hosts at once, log2 steps of latency
 //            sparse: all-to-all; every rank sends and receives what its experts are chosen for, one message a peer
 //   group    one sort of the slots that a rank has
@@ -62,8 +62,8 @@ static ms_status check(const ms_cluster *c, const ms_moe_layer *l, ms_error *err
   MS_TRY(check_positive("host_bandwidth", &c->host_bandwidth, 1, false, true, err));
   const double rates[] = {c->inside.bandwidth, c->between.bandwidth};
   MS_TRY(check_positive("link bandwidth", rates, 2, false, true, err));
-  const double times[] = {c->inside.latency, c->between.latency, c->step, c->expert, c->slot, c->logit, c->idle_rows};
-  MS_TRY(check_positive("link latency and overhead", times, 7, true, false, err));
+  const double times[] = {c->inside.latency, c->between.latency, c->step, c->expert, c->slot, c->router, c->logit, c->idle_rows};
+  MS_TRY(check_positive("link latency and overhead", times, 8, true, false, err));
   const double shares[] = {c->flops_share, c->bandwidth_share};
   MS_TRY(check_positive("share of the peak", shares, 2, false, false, err));
   for (int32_t r = 1; r < c->R; r++)
@@ -153,7 +153,7 @@ ms_status ms_costing_create(const ms_cluster *cluster, const ms_moe_layer *layer
   double product = 2.0 * (double)layer->D * layer->E;
   for (int32_t r = 0; r < R; r++) {
     double seconds = layer->tokens[r] * (product / (cluster->flops_share * cluster->flops[r]) + layer->E * cluster->logit);
-    out->route = larger(out->route, cluster->step + seconds);
+    out->route = larger(out->route, cluster->step + cluster->router + seconds);
   }
   if (R > 1) {
     out->dense_gather = dense_seconds(out, row_bytes(layer));

@@ -285,7 +285,7 @@ static PyArrayObject *take_numbers(core_state *state, PyObject *like, const char
   return array_take(state, like, &need);
 }
 
-enum { CONSTANTS = 13 };
+enum { CONSTANTS = 14 };
 
 // 0, or -1 with an exception set; described_drop either way.
 static int described_take(core_state *state, PyObject *machine, PyObject *layer, described *d) {
@@ -318,11 +318,12 @@ static int described_take(core_state *state, PyObject *machine, PyObject *layer,
                             .step = c[5],
                             .expert = c[6],
                             .slot = c[7],
-                            .logit = c[8],
-                            .flops_share = c[9],
-                            .bandwidth_share = c[10],
-                            .idle_rows = c[11],
-                            .panel = (int64_t)c[12]};
+                            .router = c[8],
+                            .logit = c[9],
+                            .flops_share = c[10],
+                            .bandwidth_share = c[11],
+                            .idle_rows = c[12],
+                            .panel = (int64_t)c[13]};
   d->layer = (ms_moe_layer){.K = K,
                             .D = D,
                             .F = F,
@@ -347,9 +348,9 @@ PyDoc_STRVAR(cost_doc,
              "Args:\n"
              "    columns: [R, E, 2] integers, as plan_shard returns.\n"
              "    copies: [E] integers, or None: one.\n"
-             "    machine: (flops [R], bandwidth [R], memory [R], host [R], constants [13]); the constants are\n"
+             "    machine: (flops [R], bandwidth [R], memory [R], host [R], constants [14]); the constants are\n"
              "        host_bandwidth, latency and bandwidth inside a host, the same between hosts, step, expert, slot,\n"
-             "        logit, flops_share, bandwidth_share, idle_rows, panel (csrc/moeshard.h, ms_cluster).\n"
+             "        router, logit, flops_share, bandwidth_share, idle_rows, panel (csrc/moeshard.h, ms_cluster).\n"
              "    layer: (tokens [R], load [E], d_model, d_ff, top_k, matrices, weight_size, token_size, exact).\n\n"
              "Returns:\n"
              "    ((route, gather, group, ffn, combine, total, sparse), ranks): seconds of the slowest rank; ranks is\n"

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures this machine for the planner: `moeshard doctor --calibrate`. Needs no torch; takes about ten seconds.
+"""Measures this machine for the planner: `moeshard doctor --calibrate`. Takes about ten seconds; without torch there is no
+router to measure, and the preset's is taken.
 
 Each number is measured by what it describes: the peaks by loops that do nothing else, the engine's share of them by one
 large product and by streaming many cold experts, latency and bandwidth of the exchange by two ranks that gather and
@@ -8,6 +9,7 @@ combine few and many tokens. The best of several tries counts: others on the mac
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import time
@@ -24,6 +26,7 @@ TRIES = 7
 D_MODEL, D_FF = 768, 3072
 MANY_ROWS = 512
 COLD_EXPERTS = 64  # of fp32: 1.2 GB, more than any cache
+ROUTED_TOKENS, ROUTED_EXPERTS = 1024, 128
 TOKENS = (1, 1024)  # of an exchange: for its latency, for its bandwidth
 
 
@@ -52,6 +55,8 @@ def calibrate(say: Callable[[str], object] = print) -> Machine:
         say(f"ffn on one core: {flops_share:.0%} of the peak in large products, {bandwidth_share:.0%} of the bandwidth")
         step, slot = _overheads()
         say(f"a step: {1e6 * step:.0f} us; group: {1e9 * slot:.1f} ns a choice")
+        router, logit = _router(device, flops_share)
+        say(f"a router in torch: {1e6 * router:.0f} us and {1e9 * logit:.1f} ns for each token and expert")
     finally:
         _core.set_num_threads(before)
     link = _exchange()
@@ -65,10 +70,12 @@ def calibrate(say: Callable[[str], object] = print) -> Machine:
         inside=link,
         step=step,
         slot=slot,
+        router=router,
+        logit=logit,
         flops_share=flops_share,
         bandwidth_share=bandwidth_share,
         bandwidth_share_16=bandwidth_share_16,
-        source=f"measured by moeshard {__version__} doctor --calibrate; idle_rows, logit, expert and the link between hosts: preset",
+        source=f"measured by moeshard {__version__} doctor --calibrate; idle_rows, expert, the link between hosts{'' if _has_torch() else ', router'}: preset",
     )
 
 
@@ -169,6 +176,33 @@ def _overheads() -> tuple[float, float]:
     group = _best(batch.group)
     exchange.combine(batch)
     return step, group / slots.size
+
+
+def _has_torch() -> bool:
+    return importlib.util.find_spec("torch") is not None
+
+
+def _router(device: Device, flops_share: float) -> tuple[float, float]:
+    """Seconds of a router in torch whatever its size, and for each token and expert beside its product."""
+    if not _has_torch():
+        return CPU.router, CPU.logit
+    import torch
+
+    from ..bench.inputs import Router
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            router = Router(torch.ones(ROUTED_EXPERTS, D_MODEL), top_k=1, normalize=False)
+            one, many = torch.randn(1, D_MODEL), torch.randn(ROUTED_TOKENS, D_MODEL)
+            router(one)
+            few = _best(lambda: router(one), 50)
+            more = _best(lambda: router(many))
+    finally:
+        torch.set_num_threads(threads)
+    product = 2 * D_MODEL / (flops_share * device.flops)
+    return few, max((more - few) / (ROUTED_TOKENS * ROUTED_EXPERTS) - product, 0.0)
 
 
 def _exchange() -> Link:

@@ -81,6 +81,7 @@ class Machine:
         step: seconds that each of the five steps costs whatever its size.
         expert: seconds that each expert with rows costs a rank.
         slot: seconds of group for each (token, choice).
+        router: seconds that the model's router costs whatever its size.
         logit: seconds of route for each (token, expert), beside the router's product.
         flops_share: of the peak, that large products reach.
         bandwidth_share: of the bandwidth, that streaming float32 weights reaches; the same for narrower ones in
@@ -102,6 +103,7 @@ class Machine:
     step: float
     expert: float
     slot: float
+    router: float
     logit: float
     flops_share: float
     bandwidth_share: float
@@ -174,7 +176,7 @@ class Machine:
             bandwidth = np.minimum(bandwidth * np.maximum(cores, 1), self.host_bandwidth)
         share = self.bandwidth_share if dtype == "float32" else self.bandwidth_share_16
         links = (self.inside.latency, self.inside.bandwidth, self.between.latency, self.between.bandwidth)
-        times = (self.step, self.expert, self.slot, self.logit)
+        times = (self.step, self.expert, self.slot, self.router, self.logit)
         constants = (self.host_bandwidth, *links, *times, self.flops_share, share, self.idle_rows, self.panel)
         return flops, bandwidth, memory, self.hosts(ranks), np.array(constants, np.float64)
 
@@ -262,6 +264,7 @@ _CUDA = {
     "step": 12e-6,
     "expert": 0.0,
     "slot": 3e-10,
+    "router": 30e-6,  # some kernels of torch: assumed
     "logit": 1e-11,
     "flops_share": 0.58,
     "bandwidth_share": 0.88,
@@ -310,14 +313,15 @@ CPU = Machine(
     ),
     Link(30e-6, 9e9),
     Link(100e-6, 1.25e9),
-    step=25e-6,
+    step=12e-6,
     expert=2e-6,
     slot=10e-9,
-    logit=12e-9,
+    router=200e-6,
+    logit=6e-9,
     flops_share=0.84,
-    bandwidth_share=0.80,
-    bandwidth_share_16=0.70,
-    idle_rows=2.0,
+    bandwidth_share=0.84,
+    bandwidth_share_16=0.74,
+    idle_rows=2.6,
     panel=16,
     cores=2,
     host_bandwidth=50e9,
