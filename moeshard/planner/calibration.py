@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures this machine for the planner: `moeshard doctor --calibrate`. Takes about ten seconds; without torch there is no
-router to measure, and the preset's is taken.
+"""Measures this machine for the planner: `moeshard doctor --calibrate`. Takes about ten seconds.
 
-Each number is measured by what it describes: the peaks by loops that do nothing else, the engine's share of them by one
+Without torch there is no router to measure, and the preset's is taken. Each number is measured by what it describes: the peaks by loops that do nothing else, the engine's share of them by one
 large product and by streaming many cold experts, latency and bandwidth of the exchange by two ranks that gather and
 combine few and many tokens. The best of several tries counts: others on the machine take away, never add.
 """
