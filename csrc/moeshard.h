@@ -181,34 +181,37 @@ typedef struct ms_cluster {
   const double *bandwidth; // bytes per second that a rank reads from its memory when it is alone
   const double *memory;    // bytes that its weights may take; INFINITY: no limit
   const int32_t *host;     // number of its host, not descending
-  double host_bandwidth;   // bytes per second that all ranks of a host read together; INFINITY: each has its own
+  double
+      host_bandwidth; // bytes per second that all ranks of a host read together; INFINITY: each has its own
   ms_link inside, between; // ranks of one host, of different hosts
   double step;             // seconds that each of the five steps costs whatever its size
   double expert;           // seconds that each expert with rows costs a rank
   double slot;             // seconds of group, for each (token, choice)
   double router;           // seconds that the model's router costs whatever its size
-  double logit;            // seconds of route, for each (token, expert), beside the router's product
-  double flops_share;      // of the peak, that large products reach
-  double bandwidth_share;  // of the bandwidth, that streaming weights reaches
-  double idle_rows;        // an expert's rows cost arithmetic as if they were so many more
-  int64_t panel;           // columns are computed and stored in multiples of this many
+  double logit;           // seconds of route, for each (token, expert), beside the router's product
+  double flops_share;     // of the peak, that large products reach
+  double bandwidth_share; // of the bandwidth, that streaming weights reaches
+  double idle_rows;       // an expert's rows cost arithmetic as if they were so many more
+  int64_t panel;          // columns are computed and stored in multiples of this many
 } ms_cluster;
 
 // A layer and what its tokens do. Arrays are borrowed.
 typedef struct ms_moe_layer {
   int32_t E, K;
   int64_t D, F;
-  int32_t matrices;    // of D x F weights in an expert: 2, gated 3
-  int32_t weight_size; // bytes of a stored weight
-  int32_t token_size;  // bytes of an element of a token
+  int32_t matrices;     // of D x F weights in an expert: 2, gated 3
+  int32_t weight_size;  // bytes of a stored weight
+  int32_t token_size;   // bytes of an element of a token
   const double *tokens; // [R] tokens of each rank
   const double *load;   // [E] (token, choice) pairs of all ranks that want each expert
-  bool exact; // load is the count of one batch; else the mean over batches, each token choosing at random
+  bool
+      exact; // load is the count of one batch; else the mean over batches, each token choosing at random
 } ms_moe_layer;
 
 typedef struct ms_cost { // seconds, of the slowest rank
   double route, gather, group, ffn, combine, total;
-  bool sparse; // the exchange is all-to-all: a token goes to the ranks that hold one of its experts, not to all
+  bool
+      sparse; // the exchange is all-to-all: a token goes to the ranks that hold one of its experts, not to all
 } ms_cost;
 
 // What each rank does: arrays [R] of the caller; any may be NULL.
@@ -230,11 +233,11 @@ typedef enum ms_layout_kind { // of simple ones first: the first of equals is ta
   MS_LAYOUT_SHARD = 0,        // every expert over every rank, near-equal widths
   MS_LAYOUT_UNEVEN,           // the same, widths by the speed of the ranks
   MS_LAYOUT_EXPERT,           // each expert whole on one rank, contiguous blocks
-  MS_LAYOUT_BALANCED,         // the same, the longest experts first, each to the rank that is done first (LPT)
-  MS_LAYOUT_HYBRID,           // groups of ranks in the place of ranks; inside, experts are cut
-  MS_LAYOUT_HOT_SHARDED,      // the hottest experts over all ranks, the others as above
-  MS_LAYOUT_HOT_COPIED,       // the hottest experts once for every hot_group ranks, the others as above
-  MS_LAYOUT_MIXED,            // found by looking at every table (tiny layers only); copies only if those are wanted
+  MS_LAYOUT_BALANCED, // the same, the longest experts first, each to the rank that is done first (LPT)
+  MS_LAYOUT_HYBRID,      // groups of ranks in the place of ranks; inside, experts are cut
+  MS_LAYOUT_HOT_SHARDED, // the hottest experts over all ranks, the others as above
+  MS_LAYOUT_HOT_COPIED,  // the hottest experts once for every hot_group ranks, the others as above
+  MS_LAYOUT_MIXED, // found by looking at every table (tiny layers only); copies only if those are wanted
   MS_LAYOUT_KINDS
 } ms_layout_kind;
 
@@ -262,11 +265,13 @@ ms_status ms_plan_search(const ms_cluster *cluster, const ms_moe_layer *layer, u
                          bool *proven, ms_error *err);
 
 typedef struct ms_simulation {
-  int32_t steps;  // how many times the layer runs
-  int32_t chunks; // the tokens come in so many pieces; a piece travels while another is computed. 1: no overlap
-  double jitter;  // each rank's ffn takes exp(jitter * normal) times its prediction
-  double slow_chance, slow_factor; // of a rank in a step, to be a straggler, and how many times slower it is then
-  bool drift; // which experts are popular changes with every step: loads change places
+  int32_t steps; // how many times the layer runs
+  int32_t
+      chunks; // the tokens come in so many pieces; a piece travels while another is computed. 1: no overlap
+  double jitter; // each rank's ffn takes exp(jitter * normal) times its prediction
+  double slow_chance,
+      slow_factor; // of a rank in a step, to be a straggler, and how many times slower it is then
+  bool drift;      // which experts are popular changes with every step: loads change places
   uint64_t seed;
 } ms_simulation;
 

@@ -34,12 +34,12 @@ enum {
 
 // ---- checks ---------------------------------------------------------------------------------------
 
-static ms_status check_positive(const char *name, const double *x, int64_t n, bool zero, bool infinite,
-                                ms_error *err) {
+static ms_status check_positive(const char *name, const double *x, int64_t n, bool zero,
+                                bool infinite, ms_error *err) {
   for (int64_t i = 0; i < n; i++)
     if (!(zero ? x[i] >= 0 : x[i] > 0) || (!infinite && isinf(x[i])))
-      return ms_fail(err, MS_EINVAL, "%s[%lld]: got %g, expected a %s%s number", name, (long long)i, x[i],
-                     infinite ? "" : "finite ", zero ? "non-negative" : "positive");
+      return ms_fail(err, MS_EINVAL, "%s[%lld]: got %g, expected a %s%s number", name, (long long)i,
+                     x[i], infinite ? "" : "finite ", zero ? "non-negative" : "positive");
   return MS_OK;
 }
 
@@ -53,7 +53,8 @@ static ms_status check(const ms_cluster *c, const ms_moe_layer *l, ms_error *err
   if (l->D < 1 || l->F < 1 || l->matrices < 1 || l->weight_size < 1 || l->token_size < 1)
     return ms_fail(err, MS_EINVAL, "d_model, d_ff and sizes must be at least 1, got %lld and %lld",
                    (long long)l->D, (long long)l->F);
-  if (c->panel < 1) return ms_fail(err, MS_EINVAL, "panel: got %lld, expected at least 1", (long long)c->panel);
+  if (c->panel < 1)
+    return ms_fail(err, MS_EINVAL, "panel: got %lld, expected at least 1", (long long)c->panel);
   MS_TRY(check_positive("flops", c->flops, c->R, false, false, err));
   MS_TRY(check_positive("bandwidth", c->bandwidth, c->R, false, false, err));
   MS_TRY(check_positive("memory", c->memory, c->R, true, true, err));
@@ -62,13 +63,15 @@ static ms_status check(const ms_cluster *c, const ms_moe_layer *l, ms_error *err
   MS_TRY(check_positive("host_bandwidth", &c->host_bandwidth, 1, false, true, err));
   const double rates[] = {c->inside.bandwidth, c->between.bandwidth};
   MS_TRY(check_positive("link bandwidth", rates, 2, false, true, err));
-  const double times[] = {c->inside.latency, c->between.latency, c->step, c->expert, c->slot, c->router, c->logit, c->idle_rows};
+  const double times[] = {c->inside.latency, c->between.latency, c->step,  c->expert,
+                          c->slot,           c->router,          c->logit, c->idle_rows};
   MS_TRY(check_positive("link latency and overhead", times, 8, true, false, err));
   const double shares[] = {c->flops_share, c->bandwidth_share};
   MS_TRY(check_positive("share of the peak", shares, 2, false, false, err));
   for (int32_t r = 1; r < c->R; r++)
     if (c->host[r] < c->host[r - 1])
-      return ms_fail(err, MS_EINVAL, "host[%d]: got %d after %d, expected ranks of a host to follow each other", r,
+      return ms_fail(err, MS_EINVAL,
+                     "host[%d]: got %d after %d, expected ranks of a host to follow each other", r,
                      c->host[r], c->host[r - 1]);
   return MS_OK;
 }
@@ -83,7 +86,9 @@ static double normal_quantile(double p) {
 }
 
 // Blom's approximation of the expected largest of n independent normal numbers.
-static double expected_largest(int32_t n) { return n < 2 ? 0 : normal_quantile((n - 0.375) / (n + 0.25)); }
+static double expected_largest(int32_t n) {
+  return n < 2 ? 0 : normal_quantile((n - 0.375) / (n + 0.25));
+}
 
 static double larger(double a, double b) { return a > b ? a : b; }
 static int32_t at_least(int32_t a, int32_t b) { return a > b ? a : b; }
@@ -117,7 +122,8 @@ static double dense_seconds(const ms_costing *w, double bytes_per_row) {
   return slowest + log2_steps(largest) * c->inside.latency + log2_steps(hosts) * c->between.latency;
 }
 
-ms_status ms_costing_create(const ms_cluster *cluster, const ms_moe_layer *layer, ms_costing *out, ms_error *err) {
+ms_status ms_costing_create(const ms_cluster *cluster, const ms_moe_layer *layer, ms_costing *out,
+                            ms_error *err) {
   *out = (ms_costing){0};
   MS_TRY(check(cluster, layer, err));
   int32_t R = cluster->R;
@@ -134,8 +140,8 @@ ms_status ms_costing_create(const ms_cluster *cluster, const ms_moe_layer *layer
   out->copy_size = malloc(n * sizeof *out->copy_size);
   out->ranks = malloc(n * sizeof *out->ranks);
   out->regions = malloc(n * MS_REGIONS * sizeof *out->regions);
-  if (!out->before || !out->host_of || !out->host_end || !out->host_bytes || !out->difference || !out->ranks ||
-      !out->copy_from || !out->copy_to || !out->copy_size || !out->regions) {
+  if (!out->before || !out->host_of || !out->host_end || !out->host_bytes || !out->difference ||
+      !out->ranks || !out->copy_from || !out->copy_to || !out->copy_size || !out->regions) {
     ms_costing_free(out);
     return ms_fail(err, MS_ENOMEM, "no memory to plan for %d ranks", R);
   }
@@ -147,12 +153,14 @@ ms_status ms_costing_create(const ms_cluster *cluster, const ms_moe_layer *layer
     out->host_of[r] = r > 0 && cluster->host[r] == cluster->host[r - 1] ? out->host_of[r - 1] : r;
   }
   for (int32_t r = R - 1; r >= 0; r--)
-    out->host_end[r] = r + 1 < R && out->host_of[r + 1] == out->host_of[r] ? out->host_end[r + 1] : r + 1;
+    out->host_end[r] =
+        r + 1 < R && out->host_of[r + 1] == out->host_of[r] ? out->host_end[r + 1] : r + 1;
   out->tokens = out->before[R];
   out->spread = layer->exact ? 0 : expected_largest(R);
   double product = 2.0 * (double)layer->D * layer->E;
   for (int32_t r = 0; r < R; r++) {
-    double seconds = layer->tokens[r] * (product / (cluster->flops_share * cluster->flops[r]) + layer->E * cluster->logit);
+    double seconds = layer->tokens[r] * (product / (cluster->flops_share * cluster->flops[r]) +
+                                         layer->E * cluster->logit);
     out->route = larger(out->route, cluster->step + cluster->router + seconds);
   }
   if (R > 1) {
@@ -198,7 +206,9 @@ double ms_costing_expert(const ms_costing *w, int32_t r, double rows, int64_t wi
   double weights = weights_of(w, width), hit = hit_chance(w, rows);
   double arithmetic = 2 * (rows + hit * c->idle_rows) * weights / (c->flops_share * c->flops[r]);
   double bandwidth = c->bandwidth[r] < c->host_bandwidth ? c->bandwidth[r] : c->host_bandwidth;
-  return hypot(arithmetic, hit * weights * w->layer->weight_size / (c->bandwidth_share * bandwidth)) + hit * c->expert;
+  return hypot(arithmetic,
+               hit * weights * w->layer->weight_size / (c->bandwidth_share * bandwidth)) +
+         hit * c->expert;
 }
 
 // Senders [from, to) want an expert of rank r with this probability.
@@ -265,7 +275,8 @@ static void add_up(ms_costing *w, const ms_layout *l) {
     for (int64_t i = l->first[e]; i < l->first[e + 1]; i++) {
       const ms_part *part = &l->parts[i];
       ms_rank_state *rank = &w->ranks[part->rank];
-      if (part->width != width) weights = weights_of(w, width = part->width) * w->layer->weight_size;
+      if (part->width != width)
+        weights = weights_of(w, width = part->width) * w->layer->weight_size;
       rank->memory += weights;
       rank->bytes += hit * weights;
       if (l->copies[e] == 1) add_region(w, part->rank, 0, R, chance);
@@ -282,7 +293,8 @@ static double byte_seconds(const ms_costing *w, int32_t r) {
   const ms_cluster *c = w->cluster;
   double all = w->host_bytes[w->host_of[r]], equal = 1.0 / (w->host_end[r] - w->host_of[r]);
   double part = all > 0 ? larger(w->ranks[r].bytes / all, equal) : equal, rate = c->bandwidth[r];
-  if (isfinite(c->host_bandwidth) && part * c->host_bandwidth < rate) rate = part * c->host_bandwidth;
+  if (isfinite(c->host_bandwidth) && part * c->host_bandwidth < rate)
+    rate = part * c->host_bandwidth;
   return 1 / (c->bandwidth_share * rate);
 }
 
@@ -295,8 +307,10 @@ static void time_experts(ms_costing *w, const ms_layout *l) {
     per_flop[r] = 2 / (c->flops_share * c->flops[r]);
   }
   for (int32_t e = 0; e < l->filled; e++) {
-    double rows = w->layer->load[e] / at_least(l->copies[e], 1), hit = hit_chance(w, rows), weights = 0;
-    bool common = l->first[e + 1] - l->first[e] == R && l->copies[e] == 1; // its luck is every rank's
+    double rows = w->layer->load[e] / at_least(l->copies[e], 1), hit = hit_chance(w, rows),
+           weights = 0;
+    bool common =
+        l->first[e + 1] - l->first[e] == R && l->copies[e] == 1; // its luck is every rank's
     int64_t width = -1;
     for (int64_t i = l->first[e]; i < l->first[e + 1]; i++) {
       const ms_part *part = &l->parts[i];
@@ -395,7 +409,8 @@ static double sparse_seconds(const ms_costing *w, int32_t r, double bytes_per_ro
   double inside = larger(rank->received[0], rank->sent[0]) * bytes_per_row / c->inside.bandwidth;
   double between = larger(rank->received[1], rank->sent[1]) * bytes_per_row / c->between.bandwidth;
   int32_t near = w->host_end[r] - w->host_of[r];
-  return larger(inside, between) + (near - 1) * c->inside.latency + (c->R - near) * c->between.latency;
+  return larger(inside, between) + (near - 1) * c->inside.latency +
+         (c->R - near) * c->between.latency;
 }
 
 // ---- all together -----------------------------------------------------------------------------------
@@ -414,7 +429,8 @@ void ms_costing_run(ms_costing *w, const ms_layout *l, ms_cost *out) {
   const ms_cluster *c = w->cluster;
   add_up(w, l);
   time_experts(w, l);
-  ms_cost dense = {.route = w->route, .gather = c->step + w->dense_gather}, sparse = {.route = w->route, .sparse = true};
+  ms_cost dense = {.route = w->route, .gather = c->step + w->dense_gather},
+          sparse = {.route = w->route, .sparse = true};
   double group_ffn[2] = {0, 0}, combine[2] = {0, 0}, sparse_gather = 0;
   bool alone = c->R == 1;
   if (!alone) flows(w);
@@ -456,11 +472,11 @@ bool ms_costing_fits(const ms_costing *w, double *fullest) {
   return fits;
 }
 
-ms_status ms_plan_cost(const ms_plan *plan, const ms_cluster *cluster, const ms_moe_layer *layer, ms_cost *out,
-                       const ms_rank_costs *ranks, ms_error *err) {
+ms_status ms_plan_cost(const ms_plan *plan, const ms_cluster *cluster, const ms_moe_layer *layer,
+                       ms_cost *out, const ms_rank_costs *ranks, ms_error *err) {
   if (plan->R != cluster->R || plan->E != layer->E)
-    return ms_fail(err, MS_EINVAL, "columns: got [%d, %d, 2], expected [%d ranks, %d experts, 2]", plan->R, plan->E,
-                   cluster->R, layer->E);
+    return ms_fail(err, MS_EINVAL, "columns: got [%d, %d, 2], expected [%d ranks, %d experts, 2]",
+                   plan->R, plan->E, cluster->R, layer->E);
   ms_costing costing = {0};
   ms_layout layout = {0};
   ms_status status = ms_costing_create(cluster, layer, &costing, err);
@@ -470,7 +486,8 @@ ms_status ms_plan_cost(const ms_plan *plan, const ms_cluster *cluster, const ms_
     for (int32_t r = 0; ranks && r < cluster->R; r++) {
       const ms_rank_state *rank = &costing.ranks[r];
       bool sparse = out->sparse && cluster->R > 1;
-      double rows = sparse ? rank->received[0] + rank->received[1] : costing.tokens - layer->tokens[r];
+      double rows =
+          sparse ? rank->received[0] + rank->received[1] : costing.tokens - layer->tokens[r];
       double back = sparse ? rank->sent[0] + rank->sent[1] : (cluster->R - 1) * layer->tokens[r];
       if (ranks->ffn) ranks->ffn[r] = rank->ffn;
       if (ranks->memory) ranks->memory[r] = rank->memory;

@@ -23,17 +23,17 @@ enum { MS_REGIONS = 6 }; // of one rank; more are joined
 typedef struct ms_costing {
   const ms_cluster *cluster;
   const ms_moe_layer *layer;
-  double tokens;        // of all ranks
-  double spread;        // standard deviations by which the slowest of R ranks is expected above the mean
+  double tokens; // of all ranks
+  double spread; // standard deviations by which the slowest of R ranks is expected above the mean
   double route, dense_gather, dense_combine;
-  double *before;       // [R+1] owned: tokens of the ranks before each
-  int32_t *host_of;     // [R] owned: the first rank of each rank's host
-  int32_t *host_end;    // [R] owned: the end of it
-  double *host_bytes;   // [R] owned: by first rank
-  double *difference;   // [3][R+1] owned
+  double *before;                           // [R+1] owned: tokens of the ranks before each
+  int32_t *host_of;                         // [R] owned: the first rank of each rank's host
+  int32_t *host_end;                        // [R] owned: the end of it
+  double *host_bytes;                       // [R] owned: by first rank
+  double *difference;                       // [3][R+1] owned
   int32_t *copy_from, *copy_to, *copy_size; // [R] owned: of the copies of one expert: its ranks
-  ms_rank_state *ranks; // [R] owned: of the layout asked about last
-  ms_region *regions;   // [R][MS_REGIONS] owned
+  ms_rank_state *ranks;                     // [R] owned: of the layout asked about last
+  ms_region *regions;                       // [R][MS_REGIONS] owned
 } ms_costing;
 
 // Cost: allocates O(R). Errors: as ms_plan_cost.

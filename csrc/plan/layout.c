@@ -28,7 +28,8 @@ ms_status ms_layout_begin(ms_layout *layout, int32_t copies, int64_t parts, ms_e
   if (needed > layout->room) {
     int64_t room = layout->room * 2 > needed ? layout->room * 2 : needed;
     ms_part *more = realloc(layout->parts, (size_t)room * sizeof *more);
-    if (!more) return ms_fail(err, MS_ENOMEM, "no memory for a layout of %lld parts", (long long)room);
+    if (!more)
+      return ms_fail(err, MS_ENOMEM, "no memory for a layout of %lld parts", (long long)room);
     layout->parts = more;
     layout->room = room;
   }
@@ -38,8 +39,7 @@ ms_status ms_layout_begin(ms_layout *layout, int32_t copies, int64_t parts, ms_e
 }
 
 void ms_layout_add(ms_layout *layout, int32_t rank, int32_t copy, int64_t width) {
-  if (width > 0)
-    layout->parts[layout->first[layout->filled]++] = (ms_part){rank, copy, width};
+  if (width > 0) layout->parts[layout->first[layout->filled]++] = (ms_part){rank, copy, width};
 }
 
 typedef struct piece {
@@ -69,7 +69,8 @@ static ms_status take_expert(const ms_plan *plan, int32_t e, piece *pieces, int6
     int32_t copy = 0;
     while (copies > 1 && copy < copies && reached[copy] != pieces[i].start) copy++;
     if (copy == copies)
-      return ms_fail(err, MS_EINVAL, "columns: expert %d is not held by %d ranks everywhere", e, copies);
+      return ms_fail(err, MS_EINVAL, "columns: expert %d is not held by %d ranks everywhere", e,
+                     copies);
     reached[copy] = pieces[i].stop;
     ms_layout_add(out, pieces[i].rank, copy, pieces[i].stop - pieces[i].start);
   }
@@ -84,7 +85,8 @@ ms_status ms_layout_from_plan(const ms_plan *plan, ms_layout *out, ms_error *err
   if (!pieces || !reached) status = ms_fail(err, MS_ENOMEM, "no memory for %d ranks", plan->R);
   for (int32_t e = 0; e < plan->E && status == MS_OK; e++) {
     if (plan->copies[e] < 0 || plan->copies[e] > plan->R)
-      status = ms_fail(err, MS_EINVAL, "copies[%d]: got %d, expected 0 to %d", e, plan->copies[e], plan->R);
+      status = ms_fail(err, MS_EINVAL, "copies[%d]: got %d, expected 0 to %d", e, plan->copies[e],
+                       plan->R);
     else
       status = take_expert(plan, e, pieces, reached, out, err);
   }
@@ -102,7 +104,8 @@ ms_status ms_layout_to_plan(const ms_layout *layout, ms_plan *out, ms_error *err
   if (!out->columns || !out->copies || !reached) {
     free(reached);
     ms_plan_free(out);
-    return ms_fail(err, MS_ENOMEM, "no memory for a plan of %d ranks and %d experts", layout->R, layout->E);
+    return ms_fail(err, MS_ENOMEM, "no memory for a plan of %d ranks and %d experts", layout->R,
+                   layout->E);
   }
   for (int32_t e = 0; e < layout->E; e++) {
     out->copies[e] = layout->copies[e];

@@ -16,13 +16,13 @@
 #include <string.h>
 
 enum {
-  SMALL = 1 << 13,       // R * E up to which hot experts are tried with every group
-  GROUPS_WITH_HOT = 2,   // above it: with this many
-  EXACT_EXPERTS = 6,     // of a tiny layer, at most
+  SMALL = 1 << 13,     // R * E up to which hot experts are tried with every group
+  GROUPS_WITH_HOT = 2, // above it: with this many
+  EXACT_EXPERTS = 6,   // of a tiny layer, at most
   EXACT_RANKS = 3,
-  UNITS = 4,             // pieces of an expert in a tiny layer, at most
-  ROWS = 64,             // ways to place an expert there
-  NODES = 400000,        // partial tables that are looked at before giving up: below a second
+  UNITS = 4,      // pieces of an expert in a tiny layer, at most
+  ROWS = 64,      // ways to place an expert there
+  NODES = 400000, // partial tables that are looked at before giving up: below a second
   SPEED_ROUNDS = 4
 };
 
@@ -40,13 +40,13 @@ typedef struct search {
   double best_total;
   uint32_t kinds;
   ms_candidate *candidates;
-  int32_t count, chosen; // chosen: -1 while nothing fits
-  int32_t *order;        // [E] experts, the longest first
-  double *seconds;       // [E] of a whole expert, on rank 0
-  double *speed;         // [R] columns in the same time
+  int32_t count, chosen;                          // chosen: -1 while nothing fits
+  int32_t *order;                                 // [E] experts, the longest first
+  double *seconds;                                // [E] of a whole expert, on rank 0
+  double *speed;                                  // [R] columns in the same time
   double *group_load, *group_bytes, *group_speed; // [R]
-  int32_t *owner;        // [E] group of each expert
-  int64_t *width;        // [R]
+  int32_t *owner;                                 // [E] group of each expert
+  int64_t *width;                                 // [R]
 } search;
 
 static bool wanted(const search *s, ms_layout_kind kind) { return s->kinds >> kind & 1; }
@@ -59,7 +59,8 @@ static void cut(search *s, int32_t e, int32_t from, int32_t ranks, bool uneven) 
   int64_t F = s->layer->F;
   if (!uneven) {
     int32_t odd = (int32_t)(F % ranks), turn = (int32_t)((int64_t)odd * e % ranks);
-    for (int32_t i = 0; i < ranks; i++) s->width[i] = F / ranks + ((i - turn + ranks) % ranks < odd);
+    for (int32_t i = 0; i < ranks; i++)
+      s->width[i] = F / ranks + ((i - turn + ranks) % ranks < odd);
     return;
   }
   double total = 0, done = 0, phase = fmod(e * 0.6180339887498949, 1);
@@ -73,7 +74,8 @@ static void cut(search *s, int32_t e, int32_t from, int32_t ranks, bool uneven) 
   }
 }
 
-static ms_status place(search *s, int32_t e, int32_t from, int32_t ranks, int32_t copies, bool uneven, ms_error *err) {
+static ms_status place(search *s, int32_t e, int32_t from, int32_t ranks, int32_t copies,
+                       bool uneven, ms_error *err) {
   MS_TRY(ms_layout_begin(&s->trial, copies, (int64_t)ranks * copies, err));
   for (int32_t copy = 0; copy < copies; copy++) {
     int32_t first = from + copy * ranks;
@@ -90,13 +92,15 @@ static void choose_owners(search *s, const recipe *how) {
     int64_t at = 0;
     for (int32_t e = 0; e < E; e++) s->owner[e] = 0;
     for (int32_t i = 0; i < how->hot; i++) s->owner[s->order[i]] = -1;
-    for (int32_t e = 0; e < E; e++) // block g begins at floor(rest * g / groups), as in ms_plan_hybrid
+    for (int32_t e = 0; e < E;
+         e++) // block g begins at floor(rest * g / groups), as in ms_plan_hybrid
       if (s->owner[e] == 0) s->owner[e] = (int32_t)((at++ * groups + groups - 1) / rest);
     for (int32_t e = 0; e < E; e++)
       if (s->owner[e] >= groups) s->owner[e] = groups - 1;
     return;
   }
-  double bytes = (double)s->layer->F * (double)s->layer->D * s->layer->matrices * s->layer->weight_size;
+  double bytes =
+      (double)s->layer->F * (double)s->layer->D * s->layer->matrices * s->layer->weight_size;
   for (int32_t g = 0; g < groups; g++) {
     s->group_load[g] = s->group_speed[g] = s->group_bytes[g] = 0;
     for (int32_t r = g * how->group; r < (g + 1) * how->group; r++) {
@@ -148,7 +152,8 @@ static bool better(const ms_candidate *a, const ms_candidate *b) {
 
 // Predict the trial and keep it if it is the best of its kind, or of all.
 static ms_status ask(search *s, ms_layout_kind kind, const recipe *how, ms_error *err) {
-  ms_candidate found = {.kind = kind, .group = how->group, .hot = how->hot, .hot_group = how->hot_group};
+  ms_candidate found = {
+      .kind = kind, .group = how->group, .hot = how->hot, .hot_group = how->hot_group};
   ms_costing_run(&s->costing, &s->trial, &found.cost);
   found.fits = ms_costing_fits(&s->costing, &found.memory);
   int32_t i = 0;
@@ -228,7 +233,8 @@ static ms_status try_usual(search *s, ms_error *err) {
   if (R == 1) return MS_OK;
   shard.uneven = true;
   if (uneven && wanted(s, MS_LAYOUT_UNEVEN)) MS_TRY(try(s, MS_LAYOUT_UNEVEN, shard, err));
-  if (wanted(s, MS_LAYOUT_EXPERT)) MS_TRY(try(s, MS_LAYOUT_EXPERT, (recipe){.group = 1, .hot_group = 1}, err));
+  if (wanted(s, MS_LAYOUT_EXPERT))
+    MS_TRY(try(s, MS_LAYOUT_EXPERT, (recipe){.group = 1, .hot_group = 1}, err));
   if (wanted(s, MS_LAYOUT_BALANCED))
     MS_TRY(try(s, MS_LAYOUT_BALANCED, (recipe){.group = 1, .balanced = true, .hot_group = 1}, err));
   for (int32_t group = 2; group < R && wanted(s, MS_LAYOUT_HYBRID); group++)
@@ -252,7 +258,9 @@ static ms_status try_usual(search *s, ms_error *err) {
       for (int k = 0; k < i; k++) before |= tried[k] == c->group;
       if (!before && (best < 0 || better(c, &s->candidates[best]))) best = j;
     }
-    tried[i] = best >= 0 ? s->candidates[best].group : i == 0 ? 1 : R; // nothing else was asked for: whole experts
+    tried[i] = best >= 0 ? s->candidates[best].group
+               : i == 0  ? 1
+                         : R; // nothing else was asked for: whole experts
     if (tried[i] < R) MS_TRY(try_hot(s, tried[i], err));
   }
   return MS_OK;
@@ -319,7 +327,8 @@ static ms_status descend(search *s, exact *x, int32_t depth, ms_error *err) {
   if (!leaf) s->costing.spread = 0;
   ms_costing_run(&s->costing, &s->trial, &cost);
   s->costing.spread = spread;
-  if (!ms_costing_fits(&s->costing, &fullest) || cost.total >= s->best_total * (1 - 1e-12)) return MS_OK;
+  if (!ms_costing_fits(&s->costing, &fullest) || cost.total >= s->best_total * (1 - 1e-12))
+    return MS_OK;
   if (leaf) {
     s->best_total = cost.total;
     memcpy(x->best, x->chosen, sizeof x->best);
@@ -357,7 +366,8 @@ static ms_status search_exact(search *s, bool *proven, ms_error *err) {
   ms_layout_clear(&s->trial);
   int32_t place_of[EXACT_EXPERTS];
   for (int32_t i = 0; i < E; i++) place_of[s->order[i]] = i;
-  for (int32_t e = 0; e < E; e++) MS_TRY(add_row(&s->trial, &x.rows[x.best[place_of[e]]], x.units, err));
+  for (int32_t e = 0; e < E; e++)
+    MS_TRY(add_row(&s->trial, &x.rows[x.best[place_of[e]]], x.units, err));
   s->best_total = INFINITY; // of this very table, which adds up in another order
   return ask(s, MS_LAYOUT_MIXED, &(recipe){0}, err);
 }
@@ -405,8 +415,10 @@ static ms_status nothing_fits(const search *s, ms_error *err) {
   double room = INFINITY;
   for (int32_t r = 0; r < s->cluster->R; r++)
     if (s->cluster->memory[r] < room) room = s->cluster->memory[r];
-  return ms_fail(err, MS_ERANGE, "memory: the smallest layout puts %.0f bytes on one rank, but there is room for %.0f",
-                 least->memory, room);
+  return ms_fail(
+      err, MS_ERANGE,
+      "memory: the smallest layout puts %.0f bytes on one rank, but there is room for %.0f",
+      least->memory, room);
 }
 
 static void drop(search *s) {
@@ -437,14 +449,15 @@ static ms_status take(search *s, ms_error *err) {
   s->group_bytes = malloc(ranks * sizeof *s->group_bytes);
   s->group_speed = malloc(ranks * sizeof *s->group_speed);
   s->width = malloc(ranks * sizeof *s->width);
-  if (!s->order || !s->seconds || !s->owner || !s->speed || !s->group_load || !s->group_bytes || !s->group_speed ||
-      !s->width)
+  if (!s->order || !s->seconds || !s->owner || !s->speed || !s->group_load || !s->group_bytes ||
+      !s->group_speed || !s->width)
     return ms_fail(err, MS_ENOMEM, "no memory to plan for %d ranks and %d experts", R, E);
   return MS_OK;
 }
 
-ms_status ms_plan_search(const ms_cluster *cluster, const ms_moe_layer *layer, uint32_t kinds, ms_plan *out,
-                         ms_candidate *candidates, int32_t *count, int32_t *chosen, bool *proven, ms_error *err) {
+ms_status ms_plan_search(const ms_cluster *cluster, const ms_moe_layer *layer, uint32_t kinds,
+                         ms_plan *out, ms_candidate *candidates, int32_t *count, int32_t *chosen,
+                         bool *proven, ms_error *err) {
   search s = {.cluster = cluster,
               .layer = layer,
               .best_total = INFINITY,
@@ -458,10 +471,12 @@ ms_status ms_plan_search(const ms_cluster *cluster, const ms_moe_layer *layer, u
   sort_experts(&s);
   if ((status = find_speeds(&s, err)) != MS_OK) goto done;
   if ((status = try_usual(&s, err)) != MS_OK) goto done;
-  if (wanted(&s, MS_LAYOUT_MIXED) && layer->E <= EXACT_EXPERTS && cluster->R > 1 && cluster->R <= EXACT_RANKS)
+  if (wanted(&s, MS_LAYOUT_MIXED) && layer->E <= EXACT_EXPERTS && cluster->R > 1 &&
+      cluster->R <= EXACT_RANKS)
     if ((status = search_exact(&s, &all, err)) != MS_OK) goto done;
   if (s.count == 0) {
-    status = ms_fail(err, MS_EINVAL, "kinds: got 0x%x, none of which applies to %d ranks", kinds, cluster->R);
+    status = ms_fail(err, MS_EINVAL, "kinds: got 0x%x, none of which applies to %d ranks", kinds,
+                     cluster->R);
     goto done;
   }
   status = s.chosen < 0 ? nothing_fits(&s, err) : ms_layout_to_plan(&s.best, out, err);

@@ -65,7 +65,8 @@ static void drop(run *x) {
   free(x->slowness);
 }
 
-static ms_status take(run *x, const ms_cluster *cluster, const ms_moe_layer *layer, int32_t chunks, ms_error *err) {
+static ms_status take(run *x, const ms_cluster *cluster, const ms_moe_layer *layer, int32_t chunks,
+                      ms_error *err) {
   size_t ranks = (size_t)cluster->R, experts = (size_t)layer->E;
   x->load = malloc(experts * sizeof *x->load);
   x->mean = malloc(experts * sizeof *x->mean);
@@ -73,7 +74,8 @@ static ms_status take(run *x, const ms_cluster *cluster, const ms_moe_layer *lay
   x->computed = malloc(ranks * sizeof *x->computed);
   x->slowness = malloc(ranks * sizeof *x->slowness);
   if (!x->load || !x->mean || !x->tokens || !x->computed || !x->slowness)
-    return ms_fail(err, MS_ENOMEM, "no memory to simulate %d ranks and %d experts", cluster->R, layer->E);
+    return ms_fail(err, MS_ENOMEM, "no memory to simulate %d ranks and %d experts", cluster->R,
+                   layer->E);
   for (int32_t r = 0; r < cluster->R; r++) x->tokens[r] = layer->tokens[r] / chunks;
   for (int32_t e = 0; e < layer->E; e++) x->mean[e] = x->load[e] = layer->load[e] / chunks;
   x->layer = *layer;
@@ -96,7 +98,8 @@ static void shuffle(double *x, int32_t n, uint64_t *state) {
 static double larger(double a, double b) { return a > b ? a : b; }
 
 // Time of one step; adds what the ranks computed to `work`.
-static double step(run *x, const ms_layout *layout, const ms_simulation *how, uint64_t *state, double *work) {
+static double step(run *x, const ms_layout *layout, const ms_simulation *how, uint64_t *state,
+                   double *work) {
   int32_t R = layout->R, E = layout->E;
   double total = 0;
   if (how->drift) shuffle(x->mean, E, state);
@@ -114,7 +117,8 @@ static double step(run *x, const ms_layout *layout, const ms_simulation *how, ui
     double all = 0, begin = gathered;
     for (int32_t r = 0; r < R; r++) {
       double rows = cost.sparse ? x->costing.ranks[r].rows : x->costing.tokens;
-      double seconds = (x->costing.ranks[r].ffn + rows * x->layer.K * x->costing.cluster->slot) * x->slowness[r];
+      double seconds =
+          (x->costing.ranks[r].ffn + rows * x->layer.K * x->costing.cluster->slot) * x->slowness[r];
       x->computed[r] = larger(x->computed[r], begin) + seconds + 2 * x->costing.cluster->step;
       all = larger(all, x->computed[r]);
       *work += seconds;
@@ -126,7 +130,8 @@ static double step(run *x, const ms_layout *layout, const ms_simulation *how, ui
 }
 
 static ms_status check(const ms_simulation *how, ms_error *err) {
-  if (how->steps < 1) return ms_fail(err, MS_EINVAL, "steps: got %d, expected at least 1", how->steps);
+  if (how->steps < 1)
+    return ms_fail(err, MS_EINVAL, "steps: got %d, expected at least 1", how->steps);
   if (how->chunks < 1 || how->chunks > 1024)
     return ms_fail(err, MS_EINVAL, "chunks: got %d, expected 1 to 1024", how->chunks);
   if (!(how->jitter >= 0 && how->jitter <= 2))
@@ -138,11 +143,12 @@ static ms_status check(const ms_simulation *how, ms_error *err) {
   return MS_OK;
 }
 
-ms_status ms_plan_simulate(const ms_plan *plan, const ms_cluster *cluster, const ms_moe_layer *layer,
-                           const ms_simulation *simulation, double *seconds, double *busy, ms_error *err) {
+ms_status ms_plan_simulate(const ms_plan *plan, const ms_cluster *cluster,
+                           const ms_moe_layer *layer, const ms_simulation *simulation,
+                           double *seconds, double *busy, ms_error *err) {
   if (plan->R != cluster->R || plan->E != layer->E)
-    return ms_fail(err, MS_EINVAL, "columns: got [%d, %d, 2], expected [%d ranks, %d experts, 2]", plan->R, plan->E,
-                   cluster->R, layer->E);
+    return ms_fail(err, MS_EINVAL, "columns: got [%d, %d, 2], expected [%d ranks, %d experts, 2]",
+                   plan->R, plan->E, cluster->R, layer->E);
   MS_TRY(check(simulation, err));
   run x = {0};
   ms_layout layout = {0};

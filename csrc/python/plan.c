@@ -293,9 +293,10 @@ static int described_take(core_state *state, PyObject *machine, PyObject *layer,
   long long D, F, E;
   int K, matrices, weight_size, token_size, exact;
   *d = (described){0};
-  if (!PyArg_ParseTuple(machine, "OOOOO;machine", &flops, &bandwidth, &memory, &host, &constants)) return -1;
-  if (!PyArg_ParseTuple(layer, "OOLLiiiip;layer", &tokens, &load, &D, &F, &K, &matrices, &weight_size, &token_size,
-                        &exact))
+  if (!PyArg_ParseTuple(machine, "OOOOO;machine", &flops, &bandwidth, &memory, &host, &constants))
+    return -1;
+  if (!PyArg_ParseTuple(layer, "OOLLiiiip;layer", &tokens, &load, &D, &F, &K, &matrices,
+                        &weight_size, &token_size, &exact))
     return -1;
   if (!(d->flops = take_numbers(state, flops, "flops", -1))) return -1;
   long long R = PyArray_DIM(d->flops, 0);
@@ -333,30 +334,39 @@ static int described_take(core_state *state, PyObject *machine, PyObject *layer,
                             .tokens = PyArray_DATA(d->tokens),
                             .load = PyArray_DATA(d->load),
                             .exact = exact};
-  return core_int32(state, "ranks", R, &d->cluster.R) && core_int32(state, "num_experts", E, &d->layer.E) ? 0 : -1;
+  return core_int32(state, "ranks", R, &d->cluster.R) &&
+                 core_int32(state, "num_experts", E, &d->layer.E)
+             ? 0
+             : -1;
 }
 
 // (route, gather, group, ffn, combine, total, sparse)
 static PyObject *cost_tuple(const ms_cost *cost) {
-  return Py_BuildValue("(ddddddN)", cost->route, cost->gather, cost->group, cost->ffn, cost->combine, cost->total,
-                       PyBool_FromLong(cost->sparse));
+  return Py_BuildValue("(ddddddN)", cost->route, cost->gather, cost->group, cost->ffn,
+                       cost->combine, cost->total, PyBool_FromLong(cost->sparse));
 }
 
-PyDoc_STRVAR(cost_doc,
-             "plan_cost($module, columns, copies, machine, layer, /)\n--\n\n"
-             "Predict the time of one layer under a table.\n\n"
-             "Args:\n"
-             "    columns: [R, E, 2] integers, as plan_shard returns.\n"
-             "    copies: [E] integers, or None: one.\n"
-             "    machine: (flops [R], bandwidth [R], memory [R], host [R], constants [14]); the constants are\n"
-             "        host_bandwidth, latency and bandwidth inside a host, the same between hosts, step, expert, slot,\n"
-             "        router, logit, flops_share, bandwidth_share, idle_rows, panel (csrc/moeshard.h, ms_cluster).\n"
-             "    layer: (tokens [R], load [E], d_model, d_ff, top_k, matrices, weight_size, token_size, exact).\n\n"
-             "Returns:\n"
-             "    ((route, gather, group, ffn, combine, total, sparse), ranks): seconds of the slowest rank; ranks is\n"
-             "    [4, R] float64: seconds of ffn, bytes of weights, bytes that arrive in gather, in combine.\n\n"
-             "Raises:\n"
-             "    ArgumentError, ShapeError, DTypeError: a number or an array that does not fit; says which.\n");
+PyDoc_STRVAR(cost_doc, "plan_cost($module, columns, copies, machine, layer, /)\n--\n\n"
+                       "Predict the time of one layer under a table.\n\n"
+                       "Args:\n"
+                       "    columns: [R, E, 2] integers, as plan_shard returns.\n"
+                       "    copies: [E] integers, or None: one.\n"
+                       "    machine: (flops [R], bandwidth [R], memory [R], host [R], constants "
+                       "[14]); the constants are\n"
+                       "        host_bandwidth, latency and bandwidth inside a host, the same "
+                       "between hosts, step, expert, slot,\n"
+                       "        router, logit, flops_share, bandwidth_share, idle_rows, panel "
+                       "(csrc/moeshard.h, ms_cluster).\n"
+                       "    layer: (tokens [R], load [E], d_model, d_ff, top_k, matrices, "
+                       "weight_size, token_size, exact).\n\n"
+                       "Returns:\n"
+                       "    ((route, gather, group, ffn, combine, total, sparse), ranks): seconds "
+                       "of the slowest rank; ranks is\n"
+                       "    [4, R] float64: seconds of ffn, bytes of weights, bytes that arrive in "
+                       "gather, in combine.\n\n"
+                       "Raises:\n"
+                       "    ArgumentError, ShapeError, DTypeError: a number or an array that does "
+                       "not fit; says which.\n");
 
 static PyObject *plan_cost(PyObject *module, PyObject *args) {
   core_state *state = PyModule_GetState(module);
@@ -364,7 +374,8 @@ static PyObject *plan_cost(PyObject *module, PyObject *args) {
   PyArrayObject *columns = NULL;
   ms_plan plan = {0};
   described d = {0};
-  if (!PyArg_ParseTuple(args, "OOO!O!:plan_cost", &table, &copies, &PyTuple_Type, &machine, &PyTuple_Type, &layer))
+  if (!PyArg_ParseTuple(args, "OOO!O!:plan_cost", &table, &copies, &PyTuple_Type, &machine,
+                        &PyTuple_Type, &layer))
     return NULL;
   if (described_take(state, machine, layer, &d)) goto done;
   if (take_plan(state, table, copies, &columns, &plan)) goto done;
@@ -389,19 +400,21 @@ done:
   return result;
 }
 
-PyDoc_STRVAR(search_doc,
-             "plan_search($module, machine, layer, kinds, /)\n--\n\n"
-             "Find the layout with the least predicted time that fits into memory.\n\n"
-             "Args:\n"
-             "    machine, layer: as in plan_cost.\n"
-             "    kinds: a mask of 1 << kind: 0 shard, 1 uneven shard, 2 expert parallel, 3 the same balanced, 4 hybrid,\n"
-             "        5 hot experts sharded, 6 hot experts copied, 7 every table of a tiny layer.\n\n"
-             "Returns:\n"
-             "    (columns [R, E, 2] int64, copies [E] int32, candidates, chosen, proven). A candidate is\n"
-             "    (kind, group, hot, hot_group, fits, memory, cost), the cost as in plan_cost.\n\n"
-             "Raises:\n"
-             "    RangeError: nothing fits into memory.\n"
-             "    ArgumentError, ShapeError, DTypeError: as in plan_cost.\n");
+PyDoc_STRVAR(
+    search_doc,
+    "plan_search($module, machine, layer, kinds, /)\n--\n\n"
+    "Find the layout with the least predicted time that fits into memory.\n\n"
+    "Args:\n"
+    "    machine, layer: as in plan_cost.\n"
+    "    kinds: a mask of 1 << kind: 0 shard, 1 uneven shard, 2 expert parallel, 3 the same "
+    "balanced, 4 hybrid,\n"
+    "        5 hot experts sharded, 6 hot experts copied, 7 every table of a tiny layer.\n\n"
+    "Returns:\n"
+    "    (columns [R, E, 2] int64, copies [E] int32, candidates, chosen, proven). A candidate is\n"
+    "    (kind, group, hot, hot_group, fits, memory, cost), the cost as in plan_cost.\n\n"
+    "Raises:\n"
+    "    RangeError: nothing fits into memory.\n"
+    "    ArgumentError, ShapeError, DTypeError: as in plan_cost.\n");
 
 static PyObject *plan_search(PyObject *module, PyObject *args) {
   core_state *state = PyModule_GetState(module);
@@ -409,7 +422,8 @@ static PyObject *plan_search(PyObject *module, PyObject *args) {
   unsigned int kinds;
   described d = {0};
   ms_plan plan = {0};
-  if (!PyArg_ParseTuple(args, "O!O!I:plan_search", &PyTuple_Type, &machine, &PyTuple_Type, &layer, &kinds))
+  if (!PyArg_ParseTuple(args, "O!O!I:plan_search", &PyTuple_Type, &machine, &PyTuple_Type, &layer,
+                        &kinds))
     return NULL;
   if (described_take(state, machine, layer, &d)) goto done;
   ms_candidate found[MS_CANDIDATES];
@@ -432,8 +446,8 @@ static PyObject *plan_search(PyObject *module, PyObject *args) {
   if (!(list = PyList_New(count))) goto done;
   for (int32_t i = 0; i < count; i++) {
     const ms_candidate *c = &found[i];
-    PyObject *entry = Py_BuildValue("(iiiiNdN)", (int)c->kind, c->group, c->hot, c->hot_group, PyBool_FromLong(c->fits),
-                                    c->memory, cost_tuple(&c->cost));
+    PyObject *entry = Py_BuildValue("(iiiiNdN)", (int)c->kind, c->group, c->hot, c->hot_group,
+                                    PyBool_FromLong(c->fits), c->memory, cost_tuple(&c->cost));
     if (!entry || PyList_SetItem(list, i, entry)) goto done;
   }
   result = Py_BuildValue("(OOOiN)", columns, copies, list, chosen, PyBool_FromLong(proven));
@@ -451,7 +465,8 @@ PyDoc_STRVAR(simulate_doc,
              "Run a layer many times on paper.\n\n"
              "Args:\n"
              "    columns, copies, machine, layer: as in plan_cost; exact is ignored.\n"
-             "    simulation: (steps, chunks, jitter, slow_chance, slow_factor, drift, seed), see ms_simulation.\n\n"
+             "    simulation: (steps, chunks, jitter, slow_chance, slow_factor, drift, seed), see "
+             "ms_simulation.\n\n"
              "Returns:\n"
              "    (seconds [steps] float64, mean share of the ranks' time that ffn takes).\n\n"
              "Raises:\n"
@@ -466,8 +481,9 @@ static PyObject *plan_simulate(PyObject *module, PyObject *args) {
   ms_simulation how;
   int steps, chunks, drift;
   unsigned long long seed;
-  if (!PyArg_ParseTuple(args, "OOO!O!(iidddpK):plan_simulate", &table, &copies, &PyTuple_Type, &machine, &PyTuple_Type,
-                        &layer, &steps, &chunks, &how.jitter, &how.slow_chance, &how.slow_factor, &drift, &seed))
+  if (!PyArg_ParseTuple(args, "OOO!O!(iidddpK):plan_simulate", &table, &copies, &PyTuple_Type,
+                        &machine, &PyTuple_Type, &layer, &steps, &chunks, &how.jitter,
+                        &how.slow_chance, &how.slow_factor, &drift, &seed))
     return NULL;
   how.steps = steps;
   how.chunks = chunks;
@@ -480,7 +496,8 @@ static PyObject *plan_simulate(PyObject *module, PyObject *args) {
   double busy;
   ms_error err;
   PyThreadState *gil = PyEval_SaveThread();
-  ms_status status = ms_plan_simulate(&plan, &d.cluster, &d.layer, &how, array_data(seconds), &busy, &err);
+  ms_status status =
+      ms_plan_simulate(&plan, &d.cluster, &d.layer, &how, array_data(seconds), &busy, &err);
   PyEval_RestoreThread(gil);
   if (status == MS_OK)
     result = Py_BuildValue("(Od)", seconds, busy);

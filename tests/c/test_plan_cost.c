@@ -10,7 +10,8 @@
 enum { MOST_RANKS = 16, MOST_EXPERTS = 64 };
 
 typedef struct scene {
-  double flops[MOST_RANKS], bandwidth[MOST_RANKS], memory[MOST_RANKS], tokens[MOST_RANKS], load[MOST_EXPERTS];
+  double flops[MOST_RANKS], bandwidth[MOST_RANKS], memory[MOST_RANKS], tokens[MOST_RANKS],
+      load[MOST_EXPERTS];
   int32_t host[MOST_RANKS];
   ms_cluster cluster;
   ms_moe_layer layer;
@@ -56,8 +57,8 @@ static ms_cost cost_of(const scene *s, const ms_plan *plan, const ms_rank_costs 
 }
 
 #define CHECK_NEAR(got, wanted)                                                                    \
-  CHECK_THAT(fabs((got) - (wanted)) <= 1e-9 * fabs((double)(wanted)) + 1e-15, "%s is %.12g, expected %.12g", #got, (double)(got), \
-             (double)(wanted))
+  CHECK_THAT(fabs((got) - (wanted)) <= 1e-9 * fabs((double)(wanted)) + 1e-15,                      \
+             "%s is %.12g, expected %.12g", #got, (double)(got), (double)(wanted))
 
 static void the_steps_are_what_the_comment_says(void) {
   scene s;
@@ -139,7 +140,8 @@ static void ranks_of_a_host_share_its_memory(void) {
   const int32_t owner[4] = {0, 0, 0, 1};
   CHECK_OK(ms_plan_expert_parallel(2, 4, 16, owner, &plan, &err), err);
   cost_of(&s, &plan, &(ms_rank_costs){.ffn = ffn});
-  CHECK_NEAR(ffn[0], 4 * 2.0 * 8 * 16 * 4 / 1e9); // the other rank is done first, and leaves it the rest
+  CHECK_NEAR(ffn[0],
+             4 * 2.0 * 8 * 16 * 4 / 1e9); // the other rank is done first, and leaves it the rest
   ms_plan_free(&plan);
 }
 
@@ -152,7 +154,8 @@ static void copies_split_tokens_and_keep_them_at_home(void) {
   ms_plan plan = {4, 1, 16, &columns[0][0][0], copies};
   ms_cost cost = cost_of(&s, &plan, &(ms_rank_costs){.memory = memory, .gathered = gathered});
   CHECK(cost.sparse);
-  CHECK_NEAR(cost.ffn, hypot(2 * 100 * 256.0 / 1e9, 256.0 * 4 / 1e9)); // a quarter of 400 rows, all of the weights
+  CHECK_NEAR(cost.ffn, hypot(2 * 100 * 256.0 / 1e9,
+                             256.0 * 4 / 1e9)); // a quarter of 400 rows, all of the weights
   CHECK_NEAR(memory[3], 256.0 * 4);
   CHECK_NEAR(gathered[0], 0); // every rank has its own copy
 
@@ -196,10 +199,14 @@ static void bad_numbers_are_named(void) {
   const struct {
     double *where, value;
     const char *name;
-  } bad[] = {{&s.flops[1], 0, "flops[1]"},           {&s.bandwidth[0], NAN, "bandwidth[0]"},
-             {&s.memory[1], -1, "memory[1]"},        {&s.tokens[0], INFINITY, "tokens[0]"},
-             {&s.load[3], -2, "load[3]"},            {&s.cluster.host_bandwidth, 0, "host_bandwidth"},
-             {&s.cluster.inside.latency, -1, "link"}, {&s.cluster.flops_share, 0, "share"}};
+  } bad[] = {{&s.flops[1], 0, "flops[1]"},
+             {&s.bandwidth[0], NAN, "bandwidth[0]"},
+             {&s.memory[1], -1, "memory[1]"},
+             {&s.tokens[0], INFINITY, "tokens[0]"},
+             {&s.load[3], -2, "load[3]"},
+             {&s.cluster.host_bandwidth, 0, "host_bandwidth"},
+             {&s.cluster.inside.latency, -1, "link"},
+             {&s.cluster.flops_share, 0, "share"}};
   for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
     double before = *bad[i].where;
     *bad[i].where = bad[i].value;
@@ -268,7 +275,8 @@ static int32_t all_ways(int32_t R, int64_t F, way *ways) {
   for (int32_t code = 0; code < all; code++) {
     way now = {0};
     int32_t rest = code;
-    for (int32_t r = 0; r < R; r++, rest /= kinds) memcpy(now.columns[r], intervals[rest % kinds], sizeof now.columns[r]);
+    for (int32_t r = 0; r < R; r++, rest /= kinds)
+      memcpy(now.columns[r], intervals[rest % kinds], sizeof now.columns[r]);
     int32_t copies = 0;
     for (int32_t r = 0; r < R; r++) copies += now.columns[r][0] == 0 && now.columns[r][1] > 0;
     if (copies == 0) continue;
@@ -328,13 +336,16 @@ static void search_equals_brute_force(void) {
         CHECK_TEXT(err.msg, "memory");
         continue;
       }
-      CHECK_THAT(status == MS_OK, "R=%d E=%d F=%d, try %d: %s", sizes[i].R, sizes[i].E, (int)sizes[i].F, t, err.msg);
-      CHECK_THAT(proven, "R=%d E=%d F=%d, try %d is not proven", sizes[i].R, sizes[i].E, (int)sizes[i].F, t);
+      CHECK_THAT(status == MS_OK, "R=%d E=%d F=%d, try %d: %s", sizes[i].R, sizes[i].E,
+                 (int)sizes[i].F, t, err.msg);
+      CHECK_THAT(proven, "R=%d E=%d F=%d, try %d is not proven", sizes[i].R, sizes[i].E,
+                 (int)sizes[i].F, t);
       CHECK_OK(ms_plan_check(&plan, &err), err);
       double total = cost_of(&s, &plan, NULL).total;
       CHECK_NEAR(total, found[chosen].cost.total);
-      CHECK_THAT(fabs(total - best) <= 1e-9 * best, "R=%d E=%d F=%d, try %d: the search takes %.9g, the best table %.9g",
-                 sizes[i].R, sizes[i].E, (int)sizes[i].F, t, total, best);
+      CHECK_THAT(fabs(total - best) <= 1e-9 * best,
+                 "R=%d E=%d F=%d, try %d: the search takes %.9g, the best table %.9g", sizes[i].R,
+                 sizes[i].E, (int)sizes[i].F, t, total, best);
       if (found[chosen].kind == MS_LAYOUT_MIXED)
         fancy++;
       else
@@ -350,13 +361,15 @@ static void larger_searches_give_valid_tables_that_fit(void) {
     int32_t R = sizes[t % 4][0], E = sizes[t % 4][1];
     scene s;
     random_scene(&s, R, E, 37);
-    for (int32_t r = 0; r < R; r++) s.memory[r] = 2.0 * 8 * 37 * 4 * E * random_between(0.3, 1) * 3 / R;
+    for (int32_t r = 0; r < R; r++)
+      s.memory[r] = 2.0 * 8 * 37 * 4 * E * random_between(0.3, 1) * 3 / R;
     ms_plan plan;
     ms_candidate found[MS_CANDIDATES];
     int32_t count, chosen;
     double memory[MOST_RANKS];
     ms_error err;
-    ms_status status = ms_plan_search(&s.cluster, &s.layer, ~0u, &plan, found, &count, &chosen, NULL, &err);
+    ms_status status =
+        ms_plan_search(&s.cluster, &s.layer, ~0u, &plan, found, &count, &chosen, NULL, &err);
     if (status == MS_ERANGE) continue;
     CHECK_OK(status, err);
     CHECK_OK(ms_plan_check(&plan, &err), err);
@@ -378,10 +391,13 @@ static void widths_follow_speed_until_ranks_are_done_together(void) {
   ms_candidate found[MS_CANDIDATES];
   int32_t count, chosen;
   ms_error err;
-  CHECK_OK(ms_plan_search(&s.cluster, &s.layer, 1u << MS_LAYOUT_UNEVEN, &plan, found, &count, &chosen, NULL, &err), err);
+  CHECK_OK(ms_plan_search(&s.cluster, &s.layer, 1u << MS_LAYOUT_UNEVEN, &plan, found, &count,
+                          &chosen, NULL, &err),
+           err);
   double ffn[3];
   cost_of(&s, &plan, &(ms_rank_costs){.ffn = ffn});
-  CHECK_THAT(fabs(ffn[0] / ffn[1] - 1) < 0.02 && fabs(ffn[0] / ffn[2] - 1) < 0.02, "%g, %g, %g s", ffn[0], ffn[1], ffn[2]);
+  CHECK_THAT(fabs(ffn[0] / ffn[1] - 1) < 0.02 && fabs(ffn[0] / ffn[2] - 1) < 0.02, "%g, %g, %g s",
+             ffn[0], ffn[1], ffn[2]);
   ms_plan_free(&plan);
 }
 
@@ -405,7 +421,8 @@ static void simulation_agrees_with_the_prediction_on_average(void) {
     CHECK_OK(ms_plan_simulate(plans[i], &s.cluster, &s.layer, &how, again, NULL, &err), err);
     CHECK(memcmp(seconds, again, sizeof seconds) == 0);
     for (int j = 0; j < 400; j++) mean += seconds[j] / 400;
-    CHECK_THAT(fabs(mean / planned - 1) < 0.03, "layout %d: %g s on average, planned %g", i, mean, planned);
+    CHECK_THAT(fabs(mean / planned - 1) < 0.03, "layout %d: %g s on average, planned %g", i, mean,
+               planned);
     CHECK(busy > 0 && busy <= 1);
   }
   // Two pieces: the second travels while the first is computed, so that it takes less than one after the other.
@@ -419,7 +436,8 @@ static void simulation_agrees_with_the_prediction_on_average(void) {
   CHECK_OK(ms_plan_simulate(&shard, &s.cluster, &s.layer, &how, late, NULL, &err), err);
   CHECK(late[0] > 1.2 * whole[0]);
   how.jitter = -1;
-  CHECK_STATUS(ms_plan_simulate(&shard, &s.cluster, &s.layer, &how, late, NULL, &err), MS_EINVAL, err);
+  CHECK_STATUS(ms_plan_simulate(&shard, &s.cluster, &s.layer, &how, late, NULL, &err), MS_EINVAL,
+               err);
   CHECK_TEXT(err.msg, "jitter");
   ms_plan_free(&shard);
   ms_plan_free(&owners);
