@@ -38,7 +38,9 @@ ROUNDS = 9
 # ---- measuring -----------------------------------------------------------------------------------------
 
 
-def measure(cases: list[tuple[str, str, int, int]], plans: dict[str, dict[str, str]]) -> dict[str, dict[str, list[float]]]:
+def measure(
+    cases: list[tuple[str, str, int, int]], plans: dict[str, dict[str, str]]
+) -> dict[str, dict[str, list[float]]]:
     """On each rank: seconds of every case under every layout. Weights are the same for all layouts of a shape."""
     import torch
 
@@ -106,7 +108,9 @@ def check(ranks_of: "moeshard.planner.Machine", cases: list[tuple[str, str, int,
     print(f"{'case':44} {'layout':16} {'predicted':>10} {'measured':>9} {'ratio':>6}")
     for key in plans:
         measured = {
-            layout: statistics.median(max(a, b) for a, b in zip(*(found[key][layout] for found in by_rank), strict=True))
+            layout: statistics.median(
+                max(a, b) for a, b in zip(*(found[key][layout] for found in by_rank), strict=True)
+            )
             for layout in plans[key]
         }
         for layout, seconds in measured.items():
@@ -114,7 +118,9 @@ def check(ranks_of: "moeshard.planner.Machine", cases: list[tuple[str, str, int,
             total += 1
             inside += 0.8 <= ratio <= 1.25
             mark = "  <- auto" if layout == auto[key] else ""
-            print(f"{key:44} {layout:16} {1e3 * predicted[key][layout].total:10.2f} {1e3 * seconds:9.2f} {ratio:6.2f}{mark}")
+            print(
+                f"{key:44} {layout:16} {1e3 * predicted[key][layout].total:10.2f} {1e3 * seconds:9.2f} {ratio:6.2f}{mark}"
+            )
         for one in measured:
             for other in measured:
                 if measured[other] > measured[one] * (1 + CLEAR):
@@ -185,5 +191,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-
     sys.exit(main())

@@ -141,7 +141,12 @@ def test_equal_layers_are_planned_once_and_named():
 
 def test_presets_are_the_models():
     assert {"switch-base-8", "switch-base-256", "switch-c-2048", "nllb-moe-54b", "nomic-embed-v2-moe"} <= set(MODELS)
-    billions = {"switch-c-2048": 0.785e12, "nllb-moe-54b": 25.8e9, "privacy-filter": 1.26e9, "nomic-embed-v2-moe": 0.227e9}
+    billions = {
+        "switch-c-2048": 0.785e12,
+        "nllb-moe-54b": 25.8e9,
+        "privacy-filter": 1.26e9,
+        "nomic-embed-v2-moe": 0.227e9,
+    }
     for name, parameters in billions.items():  # of the encoder's experts
         shape = model_shape(name)
         found = sum(s.num_experts * s.matrices * s.d_model * s.d_ff for s in shape.layers)
@@ -188,7 +193,9 @@ def test_histograms_come_in_many_forms():
 @pytest.mark.parametrize(
     ("request_", "error", "message"),
     [
-        pytest.param({"ranks": 0}, moeshard.ArgumentError, "ranks: expected an integer from 1 to 1024, got 0", id="ranks"),
+        pytest.param(
+            {"ranks": 0}, moeshard.ArgumentError, "ranks: expected an integer from 1 to 1024, got 0", id="ranks"
+        ),
         pytest.param({"ranks": 2.5}, moeshard.ArgumentError, "ranks.*2.5", id="fraction"),
         pytest.param({"tokens": -1}, moeshard.ArgumentError, "tokens.*-1", id="tokens"),
         pytest.param({"tokens": 0}, moeshard.ArgumentError, "at least one token", id="no-token"),

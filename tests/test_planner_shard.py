@@ -40,7 +40,9 @@ def test_shard_carries_out_a_plan(workers, layout):
 def test_a_model_gives_its_shape_before_and_after_it_is_sharded():
     model = switch_model(num_experts=6)
     shape = model_shape(model)
-    assert [(layer.num_experts, layer.d_model, layer.d_ff, layer.top_k) for layer in shape.layers] == [(6, 48, 37, 1)] * 2
+    assert [(layer.num_experts, layer.d_model, layer.d_ff, layer.top_k) for layer in shape.layers] == [
+        (6, 48, 37, 1)
+    ] * 2
     assert [layer.name for layer in shape.layers] == [layer.name for layer in model_shape(model.config).layers]
     moeshard.shard(model, group=moeshard.init("one"), progress=False)
     assert model_shape(model).layers == shape.layers
@@ -89,4 +91,6 @@ def test_a_report_is_a_histogram():
     found = moeshard.plan(model, ranks=2, tokens=18, histogram=moeshard.report(model), devices=CPU)
     alone = np.zeros(8)
     alone[3] = 1
-    assert found.layers[0].times == moeshard.plan(model, ranks=2, tokens=18, histogram=alone, devices=CPU).layers[0].times
+    assert (
+        found.layers[0].times == moeshard.plan(model, ranks=2, tokens=18, histogram=alone, devices=CPU).layers[0].times
+    )

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures this machine for the planner: `moeshard doctor --calibrate`. Takes about ten seconds.
 
-Without torch there is no router to measure, and the preset's is taken. Each number is measured by what it describes: the peaks by loops that do nothing else, the engine's share of them by one
-large product and by streaming many cold experts, latency and bandwidth of the exchange by two ranks that gather and
-combine few and many tokens. The best of several tries counts: others on the machine take away, never add.
+Without torch there is no router to measure, and the preset's is taken. Each number is measured by what it describes: the
+peaks by loops that do nothing else, the engine's share of them by one large product and by streaming many cold experts,
+latency and bandwidth of the exchange by two ranks that gather and combine few and many tokens. The best of several tries
+counts: others on the machine take away, never add.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def calibrate(say: Callable[[str], object] = print) -> Machine:
         flops_share=flops_share,
         bandwidth_share=bandwidth_share,
         bandwidth_share_16=bandwidth_share_16,
-        source=f"measured by moeshard {__version__} doctor --calibrate; idle_rows, expert, the link between hosts{'' if _has_torch() else ', router'}: preset",
+        source=f"measured by moeshard {__version__} doctor --calibrate; {_preset()} and the link between hosts: preset",
     )
 
 
@@ -181,6 +182,11 @@ def _has_torch() -> bool:
     return importlib.util.find_spec("torch") is not None
 
 
+def _preset() -> str:
+    """What is not measured."""
+    return "idle_rows, expert" if _has_torch() else "idle_rows, expert, router, logit"
+
+
 def _router(device: Device, flops_share: float) -> tuple[float, float]:
     """Seconds of a router in torch whatever its size, and for each token and expert beside its product."""
     if not _has_torch():
@@ -217,7 +223,7 @@ def _exchange() -> Link:
 
 
 def exchange_seconds(tokens: tuple[int, ...]) -> list[float]:
-    """On each rank: seconds of a gather and a combine without any expert's work, for each number of tokens. Collective."""
+    """On each rank: seconds of a gather and a combine without an expert's work, for each number of tokens. Collective."""
     from ..group import init
 
     group = init()

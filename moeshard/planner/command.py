@@ -45,17 +45,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(MACHINES)}, or a calibration file (this machine; moeshard doctor --calibrate measures it)",
     )
     ranks.add_argument("--hosts", type=int, metavar="H", help="that the ranks are spread over (as the devices say)")
-    ranks.add_argument("--layout", choices=("auto", *KINDS[:-1]), default="auto", metavar="KIND", help="only this family")
+    ranks.add_argument(
+        "--layout", choices=("auto", *KINDS[:-1]), default="auto", metavar="KIND", help="only this family"
+    )
     out = parser.add_argument_group("what comes out")
     out.add_argument("--all", action="store_true", help="also the layouts that were considered")
-    out.add_argument("--json", type=Path, metavar="FILE", help="write the plan; moeshard.planner.ModelPlan.load reads it")
+    out.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the plan; moeshard.planner.ModelPlan.load reads it"
+    )
     out.add_argument("--plot", type=Path, metavar="FILE", help="draw the alternatives")
     out.add_argument("--map", type=Path, metavar="FILE", help="draw where the best layout changes (needs matplotlib)")
     simulated = parser.add_argument_group("on paper")
     simulated.add_argument("--simulate", action="store_true", help="run every family with routing drawn anew each step")
     simulated.add_argument("--steps", type=int, default=50, metavar="N", help="(%(default)s)")
     simulated.add_argument("--chunks", type=int, default=1, metavar="N", help="pieces that overlap (%(default)s: none)")
-    simulated.add_argument("--jitter", type=float, default=0.05, metavar="X", help="spread of ranks' times (%(default)s)")
+    simulated.add_argument(
+        "--jitter", type=float, default=0.05, metavar="X", help="spread of ranks' times (%(default)s)"
+    )
     simulated.add_argument(
         "--straggler", default="0:2", metavar="P:X", help="chance of a rank to be X times slower (%(default)s)"
     )
@@ -92,9 +98,7 @@ def run(options: argparse.Namespace) -> int:
         from .simulation import Disorder, simulate
 
         chance, factor = _pair("--straggler", options.straggler)
-        disorder = Disorder(
-            options.steps, options.chunks, options.jitter, chance, factor, options.drift, options.seed
-        )
+        disorder = Disorder(options.steps, options.chunks, options.jitter, chance, factor, options.drift, options.seed)
         print(f"\n{simulate(model, devices=ranks_of, disorder=disorder, **request)}")
     if options.map:
         from .maps import Point, draw, flip_map

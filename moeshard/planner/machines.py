@@ -236,7 +236,9 @@ _DATA_SHEETS = {
     "v100": _Accelerator(
         "NVIDIA V100 SXM2 32 GB", 15.7, 125, 900, 32, 150, 12.5, "NVIDIA V100 data sheet (2020); DGX-1: 100 Gb/s"
     ),
-    "a10": _Accelerator("NVIDIA A10", 31.2, 125, 600, 24, 32, 12.5, "NVIDIA A10 data sheet (2021); PCIe 4 x16; 100 GbE"),
+    "a10": _Accelerator(
+        "NVIDIA A10", 31.2, 125, 600, 24, 32, 12.5, "NVIDIA A10 data sheet (2021); PCIe 4 x16; 100 GbE"
+    ),
     "a100-40": _Accelerator(
         "NVIDIA A100 SXM 40 GB", 19.5, 312, 1555, 40, 300, 25, "NVIDIA A100 data sheet (2021); DGX A100: 200 Gb/s a GPU"
     ),
@@ -244,9 +246,18 @@ _DATA_SHEETS = {
         "NVIDIA A100 SXM 80 GB", 19.5, 312, 2039, 80, 300, 25, "NVIDIA A100 data sheet (2021); DGX A100: 200 Gb/s a GPU"
     ),
     "l4": _Accelerator("NVIDIA L4", 30.3, 121, 300, 24, 32, 12.5, "NVIDIA L4 data sheet (2023); PCIe 4 x16; 100 GbE"),
-    "l40s": _Accelerator("NVIDIA L40S", 91.6, 362, 864, 48, 32, 25, "NVIDIA L40S data sheet (2023); PCIe 4 x16; 200 GbE"),
+    "l40s": _Accelerator(
+        "NVIDIA L40S", 91.6, 362, 864, 48, 32, 25, "NVIDIA L40S data sheet (2023); PCIe 4 x16; 200 GbE"
+    ),
     "rtx4090": _Accelerator(
-        "NVIDIA GeForce RTX 4090", 82.6, 165, 1008, 24, 32, 1.25, "NVIDIA Ada architecture white paper (2022); PCIe 4; 10 GbE"
+        "NVIDIA GeForce RTX 4090",
+        82.6,
+        165,
+        1008,
+        24,
+        32,
+        1.25,
+        "NVIDIA Ada architecture white paper (2022); PCIe 4; 10 GbE",
     ),
     "h100": _Accelerator(
         "NVIDIA H100 SXM", 67, 989, 3350, 80, 450, 50, "NVIDIA H100 data sheet (2023); DGX H100: 400 Gb/s a GPU"
@@ -391,7 +402,9 @@ def this_machine() -> Machine:
             found, about = load(path)
             if (about.get("cpu"), about.get("cores")) == (here["cpu"], cores):
                 return found
-            why = f"calibrated for {about.get('cpu')} with {about.get('cores')} cores, this is {here['cpu']} with {cores}"
+            why = (
+                f"calibrated for {about.get('cpu')} with {about.get('cores')} cores, this is {here['cpu']} with {cores}"
+            )
         except (OSError, _core.ArgumentError) as error:
             why = str(error)
     device = replace(CPU.devices[0], memory=memory)
@@ -440,7 +453,9 @@ def machine(devices: object = None) -> Machine:
         return replace(this_machine(), name=devices.name, devices=(devices,), cores=0, host_bandwidth=math.inf)
     if isinstance(devices, Sequence) and devices:
         return _mixed(devices)
-    raise _core.ArgumentError(f"devices: expected a preset's name, a Machine or one entry for each rank, got {devices!r}")
+    raise _core.ArgumentError(
+        f"devices: expected a preset's name, a Machine or one entry for each rank, got {devices!r}"
+    )
 
 
 def _mixed(devices: Sequence[object]) -> Machine:

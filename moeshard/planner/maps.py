@@ -215,5 +215,3 @@ def plot_plan(found: ModelPlan, path: Path) -> None:
     figure.suptitle(f"{found.model.name}, {found.ranks} ranks ({found.machine.name})")
     every[-1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=5, frameon=False)
     figure.savefig(path, dpi=130)
-
-

@@ -71,9 +71,7 @@ def plan(
         >>> found.layers[0].plan.ranks
         2
     """
-    return plan_on(
-        model_shape(model_or_shapes), ranks, tokens, histogram, machine(devices), layout=layout, hosts=hosts
-    )
+    return plan_on(model_shape(model_or_shapes), ranks, tokens, histogram, machine(devices), layout=layout, hosts=hosts)
 
 
 def plan_on(

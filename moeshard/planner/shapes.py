@@ -117,9 +117,7 @@ PRESETS: dict[str, tuple[LayerShape, ...]] = {
     "switch-c-2048": _layers(_switch(range(15)), 2048, 2080, 6144, 1, dtype="bfloat16"),
     "nllb-moe-54b": _layers([f"encoder.layers.{i}.ffn" for i in range(3, 24, 4)], 128, 2048, 8192, 2),
     "nomic-embed-v2-moe": _layers([f"encoder.layers.{i}.mlp" for i in range(1, 12, 2)], 8, 768, 3072, 2),
-    "privacy-filter": _layers(
-        [f"layers.{i}.mlp" for i in range(8)], 128, 640, 640, 4, gated=True, dtype="bfloat16"
-    ),
+    "privacy-filter": _layers([f"layers.{i}.mlp" for i in range(8)], 128, 640, 640, 4, gated=True, dtype="bfloat16"),
 }
 
 

@@ -171,5 +171,7 @@ def simulate(
     words += [f"jitter {how.jitter:g}"] if how.jitter else []
     words += [f"a rank in {1 / how.slow_chance:.0f} is {how.slow_factor:g} times slower"] if how.slow_chance else []
     words += ["popular experts change with every step"] if how.drift else []
-    about = f"moeshard simulation: {model.name}, {ranks} ranks ({ranks_of.name}), {', '.join(words)}; ms of all MoE layers"
+    about = (
+        f"moeshard simulation: {model.name}, {ranks} ranks ({ranks_of.name}), {', '.join(words)}; ms of all MoE layers"
+    )
     return Simulation(about, tuple(sorted(runs.values(), key=lambda run: float(run.seconds.mean()))))
