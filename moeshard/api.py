@@ -84,8 +84,8 @@ def shard(
             weights on every rank; on the CPU, or on this rank's CUDA device, which then runs the layers.
         group: the ranks. ``None``: :func:`moeshard.init`.
         plan: the layout of each MoE layer. ``"auto"``, ``"shard"``: every expert over every rank;
-            ``"expert_parallel"``: each expert whole on one rank; a :class:`moeshard.Plan`; or what :func:`moeshard.plan`
-            found for each layer.
+            ``"expert_parallel"``: each expert whole on one rank; a :class:`moeshard.Plan`; or what
+            :func:`moeshard.plan` found for each layer.
         dtype: storage of the experts: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"int8"`` (weights within half a
             scale, see ``docs/numerics.md``) or torch's. ``None``: as it is.
         tokens: ``"local"``: each rank has its own batch; ``"replicated"``: all ranks hold the same.

@@ -270,7 +270,8 @@ def plan_for(plan: PlanChoice, ranks: int, num_experts: int, d_ff: int, layer: s
     if plan == "expert_parallel":
         return Plan.expert_parallel(ranks, num_experts, d_ff)
     raise _core.ArgumentError(
-        f"plan: expected a moeshard.Plan, what moeshard.plan returned, 'auto', 'shard' or 'expert_parallel', got {plan!r}"
+        "plan: expected a moeshard.Plan, what moeshard.plan returned, 'auto', 'shard' or 'expert_parallel', got "
+        f"{plan!r}"
     )
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures this machine for the planner: `moeshard doctor --calibrate`. Takes about ten seconds.
 
-Without torch there is no router to measure, and the preset's is taken. Each number is measured by what it describes: the
-peaks by loops that do nothing else, the engine's share of them by one large product and by streaming many cold experts,
-latency and bandwidth of the exchange by two ranks that gather and combine few and many tokens. The best of several tries
-counts: others on the machine take away, never add.
+Without torch there is no router to measure, and the preset's is taken. Each number is measured by what it describes:
+the peaks by loops that do nothing else, the engine's share of them by one large product and by streaming many cold
+experts, latency and bandwidth of the exchange by two ranks that gather and combine few and many tokens. The best of
+several tries counts: others on the machine take away, never add.
 """
 
 from __future__ import annotations
@@ -187,6 +187,11 @@ def _preset() -> str:
     return "idle_rows, expert" if _has_torch() else "idle_rows, expert, router, logit"
 
 
+def _preset() -> str:
+    """What is not measured."""
+    return "idle_rows, expert" if _has_torch() else "idle_rows, expert, router, logit"
+
+
 def _router(device: Device, flops_share: float) -> tuple[float, float]:
     """Seconds of a router in torch whatever its size, and for each token and expert beside its product."""
     if not _has_torch():
@@ -223,7 +228,7 @@ def _exchange() -> Link:
 
 
 def exchange_seconds(tokens: tuple[int, ...]) -> list[float]:
-    """On each rank: seconds of a gather and a combine without an expert's work, for each number of tokens. Collective."""
+    """On each rank: seconds of a gather and a combine without an expert's work, for each number of tokens."""
     from ..group import init
 
     group = init()

@@ -23,6 +23,7 @@ DEFAULT = "switch-base-128"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
+    families = ("auto", *KINDS[:-1])
     model = parser.add_argument_group("the model")
     model.add_argument("--preset", choices=tuple(PRESETS), metavar="NAME", help=f"{', '.join(PRESETS)} ({DEFAULT})")
     model.add_argument("--config", type=Path, metavar="FILE", help="a HuggingFace config.json instead")
@@ -46,7 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     ranks.add_argument("--hosts", type=int, metavar="H", help="that the ranks are spread over (as the devices say)")
     ranks.add_argument(
-        "--layout", choices=("auto", *KINDS[:-1]), default="auto", metavar="KIND", help="only this family"
+        "--layout", choices=families, default="auto", metavar="KIND", help=f"{', '.join(families)} (%(default)s)"
     )
     out = parser.add_argument_group("what comes out")
     out.add_argument("--all", action="store_true", help="also the layouts that were considered")

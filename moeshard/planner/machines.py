@@ -231,44 +231,27 @@ class _Accelerator:
 
 
 # Dense figures, without sparsity. float32 is that of the vector units: the engine multiplies float32 in float32.
+# fmt: off
 _DATA_SHEETS = {
-    "t4": _Accelerator("NVIDIA T4", 8.1, 65, 320, 16, 16, 3.1, "NVIDIA T4 data sheet (2019); PCIe 3 x16; 25 GbE"),
-    "v100": _Accelerator(
-        "NVIDIA V100 SXM2 32 GB", 15.7, 125, 900, 32, 150, 12.5, "NVIDIA V100 data sheet (2020); DGX-1: 100 Gb/s"
-    ),
-    "a10": _Accelerator(
-        "NVIDIA A10", 31.2, 125, 600, 24, 32, 12.5, "NVIDIA A10 data sheet (2021); PCIe 4 x16; 100 GbE"
-    ),
-    "a100-40": _Accelerator(
-        "NVIDIA A100 SXM 40 GB", 19.5, 312, 1555, 40, 300, 25, "NVIDIA A100 data sheet (2021); DGX A100: 200 Gb/s a GPU"
-    ),
-    "a100": _Accelerator(
-        "NVIDIA A100 SXM 80 GB", 19.5, 312, 2039, 80, 300, 25, "NVIDIA A100 data sheet (2021); DGX A100: 200 Gb/s a GPU"
-    ),
-    "l4": _Accelerator("NVIDIA L4", 30.3, 121, 300, 24, 32, 12.5, "NVIDIA L4 data sheet (2023); PCIe 4 x16; 100 GbE"),
-    "l40s": _Accelerator(
-        "NVIDIA L40S", 91.6, 362, 864, 48, 32, 25, "NVIDIA L40S data sheet (2023); PCIe 4 x16; 200 GbE"
-    ),
-    "rtx4090": _Accelerator(
-        "NVIDIA GeForce RTX 4090",
-        82.6,
-        165,
-        1008,
-        24,
-        32,
-        1.25,
-        "NVIDIA Ada architecture white paper (2022); PCIe 4; 10 GbE",
-    ),
-    "h100": _Accelerator(
-        "NVIDIA H100 SXM", 67, 989, 3350, 80, 450, 50, "NVIDIA H100 data sheet (2023); DGX H100: 400 Gb/s a GPU"
-    ),
-    "h200": _Accelerator(
-        "NVIDIA H200 SXM", 67, 989, 4800, 141, 450, 50, "NVIDIA H200 data sheet (2024); DGX H200: 400 Gb/s a GPU"
-    ),
-    "b200": _Accelerator(
-        "NVIDIA B200", 75, 2250, 7700, 180, 900, 50, "NVIDIA DGX B200 data sheet (2024), an eighth; 400 Gb/s a GPU"
-    ),
+    "t4": _Accelerator("NVIDIA T4", 8.1, 65, 320, 16, 16, 3.1, "T4 data sheet (2019); PCIe 3 x16; 25 GbE"),
+    "v100": _Accelerator("NVIDIA V100 SXM2", 15.7, 125, 900, 32, 150, 12.5, "V100 data sheet (2020); DGX-1: 100 Gb/s"),
+    "a10": _Accelerator("NVIDIA A10", 31.2, 125, 600, 24, 32, 12.5, "A10 data sheet (2021); PCIe 4 x16; 100 GbE"),
+    "a100-40": _Accelerator("NVIDIA A100 SXM 40 GB", 19.5, 312, 1555, 40, 300, 25,
+                            "A100 data sheet (2021); DGX A100: 200 Gb/s a GPU"),
+    "a100": _Accelerator("NVIDIA A100 SXM 80 GB", 19.5, 312, 2039, 80, 300, 25,
+                         "A100 data sheet (2021); DGX A100: 200 Gb/s a GPU"),
+    "l4": _Accelerator("NVIDIA L4", 30.3, 121, 300, 24, 32, 12.5, "L4 data sheet (2023); PCIe 4 x16; 100 GbE"),
+    "l40s": _Accelerator("NVIDIA L40S", 91.6, 362, 864, 48, 32, 25, "L40S data sheet (2023); PCIe 4 x16; 200 GbE"),
+    "rtx4090": _Accelerator("NVIDIA GeForce RTX 4090", 82.6, 165, 1008, 24, 32, 1.25,
+                            "Ada architecture white paper (2022); PCIe 4 x16; 10 GbE"),
+    "h100": _Accelerator("NVIDIA H100 SXM", 67, 989, 3350, 80, 450, 50,
+                         "H100 data sheet (2023); DGX H100: 400 Gb/s a GPU"),
+    "h200": _Accelerator("NVIDIA H200 SXM", 67, 989, 4800, 141, 450, 50,
+                         "H200 data sheet (2024); DGX H200: 400 Gb/s a GPU"),
+    "b200": _Accelerator("NVIDIA B200", 75, 2250, 7700, 180, 900, 50,
+                         "DGX B200 data sheet (2024), an eighth of it; 400 Gb/s a GPU"),
 }
+# fmt: on
 
 # The engine's share of what a data sheet promises: fitted to the 16 layers of benchmarks/results/gpu-h200-layers.json.
 _CUDA = {
@@ -419,8 +402,8 @@ def machine(devices: object = None) -> Machine:
 
     Args:
         devices: ``None``: this machine; a preset's name (``"h100"``, ``"cpu"`` ...); the path of a calibration file; a
-            :class:`Machine`; a :class:`Device`; or a sequence of presets' names and Devices, one for each rank, with the
-            links and the engine of the first.
+            :class:`Machine`; a :class:`Device`; or a sequence of presets' names and Devices, one for each rank, with
+            the slowest links and the engine of the first.
 
     Returns:
         The machine.
@@ -447,7 +430,7 @@ def machine(devices: object = None) -> Machine:
         if devices.endswith(".json"):
             return load(Path(devices))[0]
         raise _core.ArgumentError(
-            f"devices: no preset {devices!r}, expected one of {', '.join(PRESETS)}, or the path of a calibration (.json)"
+            f"devices: no preset {devices!r}, expected one of {', '.join(PRESETS)}, or a calibration file (.json)"
         )
     if isinstance(devices, Device):
         return replace(this_machine(), name=devices.name, devices=(devices,), cores=0, host_bandwidth=math.inf)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures: where the best layout changes as ranks, choices, tokens, skew and links change; the alternatives of a plan."""
+"""Pictures: where the best layout changes as ranks, tokens, choices, skew and links do; the alternatives of a plan."""
 
 from __future__ import annotations
 
@@ -149,8 +149,9 @@ def best(shape: LayerShape, ranks_of: Machine, at: Point) -> Cell | None:
 
 
 def draw(panels: Sequence[Panel], title: str, path: Path) -> None:
-    """Draw the panels of :func:`flip_map`. In a cell: the letter of the layout, and how many times as fast it is as
-    the slower of shard and expert parallel.
+    """Draw the panels of :func:`flip_map`.
+
+    In a cell: the letter of the layout, and how many times as fast it is as the slower of shard and expert parallel.
 
     Raises:
         ImportError: matplotlib is missing.

@@ -174,7 +174,8 @@ class ModelPlan(Tabular):
         extra = [layer.name for layer in self.layers if not any(_same(layer.name, name) for name in names)]
         if extra:
             raise _core.ArgumentError(
-                f"plan: made for {len(self.layers)} layers, the model has no {', '.join(extra)}; it has {', '.join(names)}"
+                f"plan: made for {len(self.layers)} layers, but the model has no {', '.join(extra)}; it has "
+                f"{', '.join(names)}"
             )
 
     # ---- printing -------------------------------------------------------------------------------------

@@ -129,8 +129,8 @@ def model_shape(model: object) -> ModelShape:
 
     Args:
         model: the name of a preset; a :class:`ModelShape`, a :class:`LayerShape` or a sequence of those; a HuggingFace
-            config (an object, or a mapping as in ``config.json``); or a model that :func:`moeshard.shard` takes, sharded
-            or not.
+            config (an object, or a mapping as in ``config.json``); or a model that :func:`moeshard.shard` takes,
+            sharded or not.
 
     Returns:
         The shape.

@@ -135,7 +135,7 @@ def simulate(
     """Plan with every family of layouts, and run each on paper.
 
     Args:
-        model_or_shapes: as in :func:`moeshard.plan`; so are ``ranks``, ``tokens``, ``histogram``, ``devices``, ``hosts``.
+        model_or_shapes: as in :func:`moeshard.plan`, and so is what follows.
         ranks: number of ranks R.
         tokens: of each rank.
         histogram: popularity of the experts.
@@ -171,7 +171,5 @@ def simulate(
     words += [f"jitter {how.jitter:g}"] if how.jitter else []
     words += [f"a rank in {1 / how.slow_chance:.0f} is {how.slow_factor:g} times slower"] if how.slow_chance else []
     words += ["popular experts change with every step"] if how.drift else []
-    about = (
-        f"moeshard simulation: {model.name}, {ranks} ranks ({ranks_of.name}), {', '.join(words)}; ms of all MoE layers"
-    )
+    about = f"moeshard simulation: {model.name}, {ranks} ranks ({ranks_of.name}), {', '.join(words)}; all layers, in ms"
     return Simulation(about, tuple(sorted(runs.values(), key=lambda run: float(run.seconds.mean()))))
