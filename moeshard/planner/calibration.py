@@ -187,11 +187,6 @@ def _preset() -> str:
     return "idle_rows, expert" if _has_torch() else "idle_rows, expert, router, logit"
 
 
-def _preset() -> str:
-    """What is not measured."""
-    return "idle_rows, expert" if _has_torch() else "idle_rows, expert, router, logit"
-
-
 def _router(device: Device, flops_share: float) -> tuple[float, float]:
     """Seconds of a router in torch whatever its size, and for each token and expert beside its product."""
     if not _has_torch():
