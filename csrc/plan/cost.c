@@ -415,10 +415,13 @@ static double sparse_seconds(const ms_costing *w, int32_t r, double bytes_per_ro
 
 // ---- all together -----------------------------------------------------------------------------------
 
-// Seconds to add up the choices of the rows of rank r.
+// Seconds to add up the choices of the rows of rank r, all ranks of its host doing so.
 static double choices_seconds(const ms_costing *w, int32_t r, double rows) {
+  const ms_cluster *c = w->cluster;
+  double share = c->host_bandwidth / (w->host_end[r] - w->host_of[r]);
+  double rate = c->bandwidth_share * (c->bandwidth[r] < share ? c->bandwidth[r] : share);
   int32_t passes = w->layer->K > 1 ? w->layer->K + 1 : 1;
-  return passes * rows * partial_bytes(w->layer) * byte_seconds(w, r);
+  return passes * rows * partial_bytes(w->layer) / rate;
 }
 
 static void finish(ms_cost *cost) {

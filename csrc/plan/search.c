@@ -1,7 +1,7 @@
 // search.c - which table to take: the layouts that people use, mixtures of them, and for tiny layers every table.
 //
 // A recipe says how experts are placed: the `hot` ones, by load, over groups of hot_group ranks (all ranks: sharded; fewer:
-// a copy for every group), the others each on one group of `group` consecutive ranks, in contiguous blocks or by
+// a copy for every group; all experts can be hot), the others each on one group of `group` consecutive ranks, in contiguous blocks or by
 // longest-processing-time greedy (Graham 1969: at most 4/3 of the best), cut inside the group. All recipes are built and
 // asked for their cost; hot experts are tried only with the groups that did best without them when there are many ranks.
 //
@@ -208,16 +208,20 @@ static ms_status find_speeds(search *s, ms_error *err) {
 
 // ---- the usual layouts ------------------------------------------------------------------------------
 
-// Numbers of hot experts worth trying, ascending: all of a small layer, else powers of two up to half.
-static int32_t next_hot(int32_t E, int32_t hot) { return E <= 16 ? hot + 1 : hot * 2; }
+// Numbers of hot experts worth trying, ascending: all of a small layer, else powers of two up to half, and all.
+static int32_t next_hot(int32_t E, int32_t hot) {
+  if (E <= 16) return hot + 1;
+  return hot * 2 <= E / 2 || hot == E ? hot * 2 : E;
+}
 
 static ms_status try_hot(search *s, int32_t group, ms_error *err) {
   int32_t R = s->cluster->R, E = s->layer->E, host = s->costing.host_end[0];
   bool few = (int64_t)R * E > SMALL, uneven = !alike(s->cluster);
-  for (int32_t hot = 1; hot < E && hot <= (E <= 16 ? E : E / 2); hot = next_hot(E, hot))
+  for (int32_t hot = 1; hot <= E; hot = next_hot(E, hot))
     for (int32_t hot_group = 1; hot_group <= R; hot_group++) {
-      if (R % hot_group || hot_group == group) continue;
+      if (R % hot_group || (hot_group == group && group > 1)) continue;
       if (few && hot_group != 1 && hot_group != R && hot_group != host) continue;
+      if (hot == E && hot_group == R) continue; // shard
       ms_layout_kind kind = hot_group == R ? MS_LAYOUT_HOT_SHARDED : MS_LAYOUT_HOT_COPIED;
       if (!wanted(s, kind)) continue;
       MS_TRY(try(s, kind, (recipe){group, true, uneven, hot, hot_group}, err));

@@ -206,7 +206,7 @@ def _plan_layer(
 
     def search(kinds: int) -> tuple[NDArray[np.int64], NDArray[np.int32], list[Alternative], Alternative, bool]:
         columns, copies, candidates, chosen, proven = _core.plan_search(arrays, layer, kinds)
-        others = [_alternative(candidate) for candidate in candidates]
+        others = [_alternative(candidate, shape.num_experts) for candidate in candidates]
         return columns, copies, others, others[chosen], proven
 
     every = ALL if ranks_of.copies else ALL & ~COPIED
@@ -242,19 +242,19 @@ def _plan_layer(
     )
 
 
-def _alternative(candidate: tuple[int, int, int, int, bool, float, tuple[float, ...]]) -> Alternative:
+def _alternative(candidate: tuple[int, int, int, int, bool, float, tuple[float, ...]], experts: int) -> Alternative:
     kind, group, hot, hot_group, fits, memory, cost = candidate
     times = StepTimes(*cost[:5], sparse=bool(cost[6]))
-    return Alternative(_words(KINDS[kind], group, hot, hot_group), KINDS[kind], times, memory, fits)
+    return Alternative(_words(KINDS[kind], group, hot, hot_group, experts), KINDS[kind], times, memory, fits)
 
 
-def _words(kind: str, group: int, hot: int, hot_group: int) -> str:
+def _words(kind: str, group: int, hot: int, hot_group: int, experts: int) -> str:
     rest = "each other on one rank" if group == 1 else f"each other over {group} ranks"
     if kind == "hot_sharded":
         return f"{hot} hottest over all ranks, {rest}"
     if kind == "hot_copied":
         copy = "a copy on every rank" if hot_group == 1 else f"a copy on every {hot_group} ranks"
-        return f"{hot} hottest with {copy}, {rest}"
+        return f"every expert with {copy}" if hot == experts else f"{hot} hottest with {copy}, {rest}"
     return {
         "shard": "shard",
         "uneven": "shard by speed",

@@ -245,12 +245,13 @@ static void random_scene(scene *s, int32_t R, int32_t E, int64_t F) {
   s->cluster.panel = random_between(0, 1) < 0.5 ? 1 : 2;
   if (random_between(0, 1) < 0.5) s->cluster.host_bandwidth = 1.2e9;
   double whole = 2.0 * 8 * (double)F * 4 * E, total = 0, tokens = 0;
+  bool tight = random_between(0, 1) < 0.5;
   for (int32_t r = 0; r < R; r++) {
     s->flops[r] = random_between(0, 1) < 0.5 ? 1e9 : random_between(3e8, 2e9);
     s->tokens[r] = floor(random_between(0, 200));
     tokens += s->tokens[r];
     s->host[r] = r > 0 ? s->host[r - 1] + (random_between(0, 1) < 0.3) : 0;
-    if (random_between(0, 1) < 0.3) s->memory[r] = whole * random_between(0.4, 1.1);
+    if (tight) s->memory[r] = whole * random_between(0.4, 1.1);
   }
   for (int32_t e = 0; e < E; e++) total += s->load[e] = pow(random_between(0, 1), 3);
   for (int32_t e = 0; e < E; e++) {
