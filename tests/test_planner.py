@@ -84,7 +84,8 @@ def test_memory_rules_out_what_does_not_fit():
 
 
 def test_tiny_layers_are_proven_best():
-    found = moeshard.plan(LayerShape("layer", 4, 8, 4), ranks=3, tokens=50, histogram=[5, 3, 1, 1], devices=CPU)
+    slow = CPU.with_links(inside=Link(1e-3, 1e6))
+    found = moeshard.plan(LayerShape("layer", 4, 800, 4), ranks=3, tokens=500, histogram=[5, 3, 1, 1], devices=slow)
     assert found.layers[0].proven
     assert not moeshard.plan(LAYER, ranks=3, tokens=50, devices=CPU).layers[0].proven
 
@@ -240,6 +241,8 @@ def test_too_little_memory_says_what_would_do():
     assert moeshard.plan("switch-base-128", ranks=needed, tokens=10, devices=fits).ranks == needed
     with pytest.raises(moeshard.RangeError):
         moeshard.plan("switch-base-128", ranks=needed - 1, tokens=10, devices=fits)
+    with pytest.raises(moeshard.RangeError, match="hosts=3 of this size"):
+        moeshard.plan("switch-base-128", ranks=6, tokens=10, devices=replace(CPU, devices=(device_of(6e9),)))
     with pytest.raises(moeshard.RangeError, match="dtype=bfloat16"):
         moeshard.plan("switch-base-128", ranks=2, tokens=10, devices=replace(GPUS, devices=(device_of(4e9),)))
 

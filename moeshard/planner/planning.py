@@ -15,7 +15,7 @@ from .. import _core
 from ..plans import Plan
 from .histograms import Load, loads
 from .machines import Machine, machine
-from .results import STEPS, Alternative, LayerPlan, ModelPlan, StepTimes, size
+from .results import STEPS, Alternative, LayerPlan, ModelPlan, StepTimes, milliseconds, size
 from .shapes import SIZES, LayerShape, ModelShape, model_shape
 
 LayoutChoice = Literal["auto", "shard", "uneven", "expert_parallel", "balanced", "hybrid", "hot_sharded", "hot_copied"]
@@ -112,7 +112,7 @@ def plan_on(
             try:
                 done[key] = _plan_layer(shape, load, each, ranks_of, room, layout, compare)
             except _core.RangeError:
-                raise _core.RangeError(_too_big(model, memory, layout)) from None
+                raise _core.RangeError(_too_big(model, ranks_of, memory, layout)) from None
         layers.append(replace(done[key], shape=shape))
     return ModelPlan(model, ranks, tuple(each.tolist()), ranks_of, tuple(layers))
 
@@ -308,7 +308,7 @@ def _why(
     loss = min(gains, key=lambda name: gains[name])
     text += (
         f"; {rival.layout} would take {rival.times.total / taken.times.total:.3g} times as long, mostly in {step} "
-        f"({1e3 * getattr(rival.times, step):.3g} ms instead of {1e3 * getattr(taken.times, step):.3g})"
+        f"({milliseconds(getattr(rival.times, step))} ms instead of {milliseconds(getattr(taken.times, step))})"
     )
     if step in ("gather", "combine"):
         text += f": a token has {shape.top_k} of {shape.num_experts} experts and need not reach all {ranks} ranks"
@@ -316,13 +316,13 @@ def _why(
         text += ": its busiest rank has more than its share"
     if gains[loss] < -0.02 * taken.times.total:
         text += (
-            f", though its {loss} is shorter ({1e3 * getattr(rival.times, loss):.3g} ms instead of "
-            f"{1e3 * getattr(taken.times, loss):.3g})"
+            f", though its {loss} is shorter ({milliseconds(getattr(rival.times, loss))} ms instead of "
+            f"{milliseconds(getattr(taken.times, loss))})"
         )
     return text + "."
 
 
-def _too_big(model: ModelShape, memory: NDArray[np.float64], layout: str) -> str:
+def _too_big(model: ModelShape, ranks_of: Machine, memory: NDArray[np.float64], layout: str) -> str:
     """What is missing, and the smallest changes that would fit."""
     ranks = len(memory)
     whole, room = model.weight_bytes, float(memory.sum())
@@ -330,7 +330,9 @@ def _too_big(model: ModelShape, memory: NDArray[np.float64], layout: str) -> str
     ways = []
     if whole > room:
         enough = math.ceil(whole / float(memory.mean()))
-        if enough <= 1024 and math.isfinite(enough):
+        if ranks_of.cores:  # more ranks on a host have no more memory
+            ways.append(f"hosts={math.ceil(whole / ranks_of.devices[0].memory)} of this size")
+        elif enough <= 1024:
             ways.append(f"ranks={max(enough, ranks + 1)} of this size")
         for dtype in ("bfloat16", "int8"):
             narrow = model.with_dtype(dtype).weight_bytes

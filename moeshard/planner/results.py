@@ -187,7 +187,7 @@ class ModelPlan(Tabular):
         tokens = f"{self.tokens[0]:,.0f}" if len(set(self.tokens)) == 1 else "uneven"
         return (
             f"moeshard plan: {self.model.name}, {where} ({self.machine.name}), {tokens} tokens a rank; "
-            f"times predicted, in ms; all MoE layers {1e3 * self.seconds:.3g} ms"
+            f"times predicted, in ms; all MoE layers {milliseconds(self.seconds)} ms"
         )
 
     def cells(self) -> Iterator[tuple[str, ...]]:
@@ -199,8 +199,8 @@ class ModelPlan(Tabular):
             yield (
                 layer.name,
                 layer.layout,
-                *(f"{1e3 * getattr(times, step):.3g}" for step in STEPS),
-                f"{1e3 * times.total:.3g}",
+                *(milliseconds(getattr(times, step)) for step in STEPS),
+                milliseconds(times.total),
                 f"{layer.ffn.max() / mean:.2f}" if mean else "-",
                 size(moved),
                 size(float(layer.memory.max())),
@@ -406,11 +406,21 @@ class _Alternatives(Tabular):
             mark = "chosen" if other.layout == self.layer.layout else "" if other.fits else "does not fit"
             yield (
                 other.layout,
-                *(f"{1e3 * getattr(other.times, step):.3g}" for step in STEPS),
-                f"{1e3 * other.times.total:.3g}",
+                *(milliseconds(getattr(other.times, step)) for step in STEPS),
+                milliseconds(other.times.total),
                 size(other.memory),
                 mark,
             )
+
+
+def milliseconds(seconds: float) -> str:
+    """Milliseconds with three digits.
+
+    Example:
+        >>> milliseconds(0.00123456), milliseconds(12.3456)
+        ('1.23', '12,346')
+    """
+    return f"{1e3 * seconds:,.0f}" if seconds >= 1 else f"{1e3 * seconds:.3g}"
 
 
 def size(count: float) -> str:
