@@ -40,7 +40,8 @@ def skewed(num_experts: int, share: float, part: float) -> Load:
     hot = max(1, round(part * num_experts))
     popularity = np.full(num_experts, (1 - share) / max(num_experts - hot, 1))
     popularity[:hot] = share / hot
-    return popularity / popularity.sum()
+    popularity /= popularity.sum()
+    return popularity
 
 
 def parse_skew(text: str) -> tuple[float, float]:
@@ -127,11 +128,12 @@ def _scaled(layer: LayerShape, popularity: Load, tokens: float) -> Load:
         raise _core.ArgumentError(f"{where}: expert {expert}: expected a number >= 0, got {popularity[expert]}")
     if not popularity.sum():
         raise _core.ArgumentError(f"{where}: all numbers are 0")
-    share = popularity / popularity.sum()
+    share: Load = popularity / popularity.sum()
     if share.max() * layer.top_k > 1 + 1e-9:
         expert = int(share.argmax())
         raise _core.ArgumentError(
             f"{where}: expert {expert} gets {share[expert]:.0%} of the choices, but a token chooses an expert at most "
             f"once, with top_k={layer.top_k} at most {1 / layer.top_k:.0%}"
         )
-    return share * tokens * layer.top_k
+    share *= tokens * layer.top_k
+    return share

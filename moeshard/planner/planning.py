@@ -18,6 +18,8 @@ from .machines import Machine, machine
 from .results import STEPS, Alternative, LayerPlan, ModelPlan, StepTimes, milliseconds, size
 from .shapes import SIZES, LayerShape, ModelShape, model_shape
 
+Cost = tuple[float, float, float, float, float, float, bool]  # as _core.plan_cost returns it
+Candidate = tuple[int, int, int, int, bool, float, Cost]  # as _core.plan_search does
 LayoutChoice = Literal["auto", "shard", "uneven", "expert_parallel", "balanced", "hybrid", "hot_sharded", "hot_copied"]
 
 # In the order of csrc/moeshard.h's ms_layout_kind: simple ones first.
@@ -188,7 +190,7 @@ def predict(
     return _times(cost), each
 
 
-def _times(cost: tuple[float, float, float, float, float, float, bool]) -> StepTimes:
+def _times(cost: Cost) -> StepTimes:
     return StepTimes(*cost[:5], sparse=cost[6])
 
 
@@ -227,25 +229,27 @@ def _plan_layer(
             _, _, others, best, _ = search(every)
             if all(other.layout != taken.layout for other in others):
                 others.append(taken)
-    table = Plan.from_columns(columns, shape.d_ff, copies)
-    times, each = predict(shape, table, load, tokens, ranks_of)
+    table = Plan(columns, shape.d_ff, copies)
+    times, (ffn, memory, gathered, combined) = predict(shape, table, load, tokens, ranks_of)
     others.sort(key=lambda other: (not other.fits, other.times.total))
     return LayerPlan(
         shape,
         table,
         taken.layout,
         times,
-        *each,
+        ffn,
+        memory,
+        gathered,
+        combined,
         tuple(others),
         proven,
         _why(taken, best, others, layout != "auto", len(tokens), shape),
     )
 
 
-def _alternative(candidate: tuple[int, int, int, int, bool, float, tuple[float, ...]], experts: int) -> Alternative:
+def _alternative(candidate: Candidate, experts: int) -> Alternative:
     kind, group, hot, hot_group, fits, memory, cost = candidate
-    times = StepTimes(*cost[:5], sparse=bool(cost[6]))
-    return Alternative(_words(KINDS[kind], group, hot, hot_group, experts), KINDS[kind], times, memory, fits)
+    return Alternative(_words(KINDS[kind], group, hot, hot_group, experts), KINDS[kind], _times(cost), memory, fits)
 
 
 def _words(kind: str, group: int, hot: int, hot_group: int, experts: int) -> str:
