@@ -171,6 +171,7 @@ void ms_plan_work(const ms_plan *plan, const int64_t *counts, double *work);
 
 typedef struct ms_link { // between two ranks, one direction
   double latency;        // seconds of a message of no bytes
+  double message;        // seconds more for each further message at the same time
   double bandwidth;      // bytes per second of one rank; INFINITY is legal
 } ms_link;
 

@@ -44,8 +44,8 @@ def test_one_rank_has_nothing_to_choose():
 
 def test_skew_on_fast_links_is_cut_and_slow_links_keep_experts_whole():
     many = LayerShape("layer", 16, 64, 4096)
-    fast = GPUS.with_links(inside=Link(0, 1e15))
-    slow = GPUS.with_links(inside=Link(0, 1e8))
+    fast = GPUS.with_links(inside=Link(0, 0, 1e15))
+    slow = GPUS.with_links(inside=Link(0, 0, 1e8))
     cut = moeshard.plan(many, ranks=4, tokens=4000, histogram="0.9:0.05", devices=fast).layers[0]
     whole = moeshard.plan(many, ranks=4, tokens=4000, devices=slow).layers[0]
     assert kind_of(cut) in ("shard", "hot_sharded")
@@ -57,7 +57,7 @@ def test_skew_on_fast_links_is_cut_and_slow_links_keep_experts_whole():
 def test_balanced_owners_put_two_hot_experts_on_two_ranks():
     histogram = np.ones(8)
     histogram[:2] = 50
-    slow = GPUS.with_links(inside=Link(0, 1e7))
+    slow = GPUS.with_links(inside=Link(0, 0, 1e7))
     layer = LayerShape("layer", 8, 512, 64)
     found = moeshard.plan(layer, ranks=2, tokens=4096, histogram=histogram, devices=slow, layout="balanced").layers[0]
     owners = widths(found.plan).argmax(axis=0)
@@ -84,7 +84,7 @@ def test_memory_rules_out_what_does_not_fit():
 
 
 def test_tiny_layers_are_proven_best():
-    slow = CPU.with_links(inside=Link(1e-3, 1e6))
+    slow = CPU.with_links(inside=Link(1e-3, 0, 1e6))
     found = moeshard.plan(LayerShape("layer", 4, 800, 4), ranks=3, tokens=500, histogram=[5, 3, 1, 1], devices=slow)
     assert found.layers[0].proven
     assert not moeshard.plan(LAYER, ranks=3, tokens=50, devices=CPU).layers[0].proven

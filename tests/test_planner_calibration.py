@@ -16,7 +16,15 @@ from moeshard.planner.machines import calibration_file, machine
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """So small that it takes little time; the numbers are then worth nothing."""
-    changes = {"SECONDS": 0.0, "TRIES": 2, "D_MODEL": 48, "D_FF": 64, "MANY_ROWS": 8, "COLD_EXPERTS": 2}
+    changes = {
+        "SECONDS": 0.0,
+        "TRIES": 2,
+        "D_MODEL": 48,
+        "D_FF": 64,
+        "MANY_ROWS": 8,
+        "COLD_EXPERTS": 2,
+        "MANY_TRIES": 3,
+    }
     for name, value in changes.items():
         monkeypatch.setattr(calibration, name, value)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

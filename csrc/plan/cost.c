@@ -2,7 +2,7 @@
 //
 //   route    tokens x experts: the router's product, and picking the largest, over a fixed cost; of the rank with the most tokens
 //   gather   dense:  all-gather; ring inside a host and between hosts at once, log2 steps of latency
-//            sparse: all-to-all; every rank sends and receives what its experts are chosen for, one message a peer
+//            sparse: all-to-all; every rank sends and receives what its experts are chosen for, a message to each peer
 //   group    one sort of the slots that a rank has
 //   ffn      for each expert, hypot(arithmetic, weights): the two overlap, but not wholly. Weights are read once, and
 //            only if the expert gets a row. Arithmetic counts `idle_rows` more rows than there are
@@ -15,9 +15,10 @@
 //
 // An expert's tokens are split evenly over its copies, and stay with the copy that their own rank is in where they can.
 //
-// Which of dense and sparse is taken: the one that is predicted faster. All-gather, reduce-scatter and all-to-all follow
-// the alpha-beta model of Thakur, Rabenseifner and Gropp (2005), doi 10.1177/1094342005051521: log2(p) messages in the
-// one, p - 1 in the other.
+// Which of dense and sparse is taken: the one that is predicted faster. All-gather and reduce-scatter follow the alpha-beta
+// model of Thakur, Rabenseifner and Gropp (2005), doi 10.1177/1094342005051521: log2(p) messages one after the other. In
+// an all-to-all messages overlap: one latency, and `message` seconds for each further peer, as LogGP's gap (Alexandrov,
+// Ionescu, Schauser and Scheiman 1995).
 //
 // SPDX-License-Identifier: Apache-2.0
 #include "cost.h"
@@ -63,9 +64,10 @@ static ms_status check(const ms_cluster *c, const ms_moe_layer *l, ms_error *err
   MS_TRY(check_positive("host_bandwidth", &c->host_bandwidth, 1, false, true, err));
   const double rates[] = {c->inside.bandwidth, c->between.bandwidth};
   MS_TRY(check_positive("link bandwidth", rates, 2, false, true, err));
-  const double times[] = {c->inside.latency, c->between.latency, c->step,  c->expert,
-                          c->slot,           c->router,          c->logit, c->idle_rows};
-  MS_TRY(check_positive("link latency and overhead", times, 8, true, false, err));
+  const double times[] = {
+      c->inside.latency, c->inside.message, c->between.latency, c->between.message, c->step,
+      c->expert,         c->slot,           c->router,          c->logit,           c->idle_rows};
+  MS_TRY(check_positive("link latency and overhead", times, 10, true, false, err));
   const double shares[] = {c->flops_share, c->bandwidth_share};
   MS_TRY(check_positive("share of the peak", shares, 2, false, false, err));
   for (int32_t r = 1; r < c->R; r++)
@@ -402,15 +404,20 @@ static void flows(ms_costing *w) {
   }
 }
 
-// Seconds of an all-to-all that moves `rows` in and `back` out at rank r.
+// Seconds until messages to so many peers are under way and the last has arrived, but for their bytes.
+static double messages_seconds(const ms_link *link, int32_t peers) {
+  return peers > 0 ? link->latency + (peers - 1) * link->message : 0;
+}
+
+// Seconds of an all-to-all at rank r.
 static double sparse_seconds(const ms_costing *w, int32_t r, double bytes_per_row) {
   const ms_cluster *c = w->cluster;
   const ms_rank_state *rank = &w->ranks[r];
   double inside = larger(rank->received[0], rank->sent[0]) * bytes_per_row / c->inside.bandwidth;
   double between = larger(rank->received[1], rank->sent[1]) * bytes_per_row / c->between.bandwidth;
   int32_t near = w->host_end[r] - w->host_of[r];
-  return larger(inside, between) + (near - 1) * c->inside.latency +
-         (c->R - near) * c->between.latency;
+  return larger(inside + messages_seconds(&c->inside, near - 1),
+                between + messages_seconds(&c->between, c->R - near));
 }
 
 // ---- all together -----------------------------------------------------------------------------------

@@ -285,7 +285,7 @@ static PyArrayObject *take_numbers(core_state *state, PyObject *like, const char
   return array_take(state, like, &need);
 }
 
-enum { CONSTANTS = 14 };
+enum { CONSTANTS = 16 };
 
 // 0, or -1 with an exception set; described_drop either way.
 static int described_take(core_state *state, PyObject *machine, PyObject *layer, described *d) {
@@ -314,17 +314,17 @@ static int described_take(core_state *state, PyObject *machine, PyObject *layer,
                             .memory = PyArray_DATA(d->memory),
                             .host = d->host,
                             .host_bandwidth = c[0],
-                            .inside = {c[1], c[2]},
-                            .between = {c[3], c[4]},
-                            .step = c[5],
-                            .expert = c[6],
-                            .slot = c[7],
-                            .router = c[8],
-                            .logit = c[9],
-                            .flops_share = c[10],
-                            .bandwidth_share = c[11],
-                            .idle_rows = c[12],
-                            .panel = (int64_t)c[13]};
+                            .inside = {c[1], c[2], c[3]},
+                            .between = {c[4], c[5], c[6]},
+                            .step = c[7],
+                            .expert = c[8],
+                            .slot = c[9],
+                            .router = c[10],
+                            .logit = c[11],
+                            .flops_share = c[12],
+                            .bandwidth_share = c[13],
+                            .idle_rows = c[14],
+                            .panel = (int64_t)c[15]};
   d->layer = (ms_moe_layer){.K = K,
                             .D = D,
                             .F = F,
@@ -346,27 +346,28 @@ static PyObject *cost_tuple(const ms_cost *cost) {
                        cost->combine, cost->total, PyBool_FromLong(cost->sparse));
 }
 
-PyDoc_STRVAR(cost_doc, "plan_cost($module, columns, copies, machine, layer, /)\n--\n\n"
-                       "Predict the time of one layer under a table.\n\n"
-                       "Args:\n"
-                       "    columns: [R, E, 2] integers, as plan_shard returns.\n"
-                       "    copies: [E] integers, or None: one.\n"
-                       "    machine: (flops [R], bandwidth [R], memory [R], host [R], constants "
-                       "[14]); the constants are\n"
-                       "        host_bandwidth, latency and bandwidth inside a host, the same "
-                       "between hosts, step, expert, slot,\n"
-                       "        router, logit, flops_share, bandwidth_share, idle_rows, panel "
-                       "(csrc/moeshard.h, ms_cluster).\n"
-                       "    layer: (tokens [R], load [E], d_model, d_ff, top_k, matrices, "
-                       "weight_size, token_size, exact).\n\n"
-                       "Returns:\n"
-                       "    ((route, gather, group, ffn, combine, total, sparse), ranks): seconds "
-                       "of the slowest rank; ranks is\n"
-                       "    [4, R] float64: seconds of ffn, bytes of weights, bytes that arrive in "
-                       "gather, in combine.\n\n"
-                       "Raises:\n"
-                       "    ArgumentError, ShapeError, DTypeError: a number or an array that does "
-                       "not fit; says which.\n");
+PyDoc_STRVAR(cost_doc,
+             "plan_cost($module, columns, copies, machine, layer, /)\n--\n\n"
+             "Predict the time of one layer under a table.\n\n"
+             "Args:\n"
+             "    columns: [R, E, 2] integers, as plan_shard returns.\n"
+             "    copies: [E] integers, or None: one.\n"
+             "    machine: (flops [R], bandwidth [R], memory [R], host [R], constants "
+             "[14]); the constants are\n"
+             "        host_bandwidth, latency, message and bandwidth inside a host, the same "
+             "between hosts, step, expert, slot,\n"
+             "        router, logit, flops_share, bandwidth_share, idle_rows, panel "
+             "(csrc/moeshard.h, ms_cluster).\n"
+             "    layer: (tokens [R], load [E], d_model, d_ff, top_k, matrices, "
+             "weight_size, token_size, exact).\n\n"
+             "Returns:\n"
+             "    ((route, gather, group, ffn, combine, total, sparse), ranks): seconds "
+             "of the slowest rank; ranks is\n"
+             "    [4, R] float64: seconds of ffn, bytes of weights, bytes that arrive in "
+             "gather, in combine.\n\n"
+             "Raises:\n"
+             "    ArgumentError, ShapeError, DTypeError: a number or an array that does "
+             "not fit; says which.\n");
 
 static PyObject *plan_cost(PyObject *module, PyObject *args) {
   core_state *state = PyModule_GetState(module);

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +26,8 @@ SECONDS = 0.4  # of each measurement of the machine
 TRIES = 7
 D_MODEL, D_FF = 768, 3072
 MANY_ROWS = 512
-COLD_EXPERTS = 64  # of fp32: 1.2 GB, more than any cache
+COLD_EXPERTS, FEW_ROWS = 64, 4  # of fp32: 1.2 GB, more than any cache
+MANY_TRIES = 200
 ROUTED_TOKENS, ROUTED_EXPERTS = 1024, 128
 TOKENS = (1, 1024)  # of an exchange: for its latency, for its bandwidth
 
@@ -92,14 +94,24 @@ def _peaks(cores: int, memory: float, cpu: str) -> tuple[Device, float]:
     return Device(f"a core of {cpu}", flops, dots or flops, bandwidth, memory, source), all_bandwidth
 
 
-def _best(call: Callable[[], object], tries: int = TRIES) -> float:
-    """Seconds of the fastest of several calls."""
-    seconds = math.inf
+def _times(call: Callable[[], object], tries: int) -> list[float]:
+    """Seconds of several calls."""
+    seconds = []
     for _ in range(tries):
         start = time.perf_counter()
         call()
-        seconds = min(seconds, time.perf_counter() - start)
+        seconds.append(time.perf_counter() - start)
     return seconds
+
+
+def _best(call: Callable[[], object]) -> float:
+    """Seconds of the fastest of several calls: of a limit."""
+    return min(_times(call, TRIES))
+
+
+def _usual(call: Callable[[], object]) -> float:
+    """Median seconds of many calls: of an overhead, which is what it is on most calls."""
+    return statistics.median(_times(call, MANY_TRIES))
 
 
 class _Layer:
@@ -150,9 +162,13 @@ def _shares(device: Device) -> tuple[float, float, float]:
     shares = []
     for dtype, size in (("float32", 4), ("bfloat16", 2)):
         cold = _Layer(COLD_EXPERTS, dtype)
-        cold.route(np.arange(COLD_EXPERTS)[:, None])
-        reading = COLD_EXPERTS * 2 * D_MODEL * D_FF * size / device.bandwidth
-        shares.append(min(reading / cold.seconds(), 1.0))
+        cold.route(np.repeat(np.arange(COLD_EXPERTS), FEW_ROWS)[:, None])
+        weights = COLD_EXPERTS * 2 * D_MODEL * D_FF
+        # The model is hypot(arithmetic, reading): what is left of the time is reading.
+        peak = flops_share * (device.flops if size == 4 else device.flops_16)
+        arithmetic = 2 * weights * (FEW_ROWS + CPU.idle_rows) / peak
+        reading = math.sqrt(max(cold.seconds() ** 2 - arithmetic**2, 0.0))
+        shares.append(min(weights * size / (device.bandwidth * reading), 1.0) if reading else 1.0)
         del cold
     return min(flops_share, 1.0), shares[0], shares[1]
 
@@ -167,13 +183,25 @@ def _overheads() -> tuple[float, float]:
         layer.batch.ffn(layer.packed)
         layer.exchange.combine(layer.batch)
 
-    step = _best(call, 200) / 5
+    if _has_torch():
+        import torch
+
+        from ..group import init
+        from ..layer import ShardedExperts
+
+        w_in, w_out = torch.ones(1, D_FF, D_MODEL), torch.ones(1, D_MODEL, D_FF)
+        experts = ShardedExperts.from_weights(w_in, w_out, group=init("one"))
+        inputs = torch.ones(1, D_MODEL), torch.full((1, 1), -1), torch.ones(1, 1)
+        with torch.inference_mode():
+            step = _usual(lambda: experts(*inputs)) / 5
+    else:
+        step = _usual(call) / 5
     slots = np.random.default_rng(0).integers(0, 128, (1 << 16, 2))
     batch, exchange = _core.Batch(), _core.exchange_one()
     hidden = np.zeros((len(slots), 1), np.float32)
     batch.route(hidden, slots, np.ones(slots.shape, np.float32), 128)
     exchange.gather(batch)
-    group = _best(batch.group)
+    group = _usual(batch.group)
     exchange.combine(batch)
     return step, group / slots.size
 
@@ -202,8 +230,8 @@ def _router(device: Device, flops_share: float) -> tuple[float, float]:
             router = Router(torch.ones(ROUTED_EXPERTS, D_MODEL), top_k=1, normalize=False)
             one, many = torch.randn(1, D_MODEL), torch.randn(ROUTED_TOKENS, D_MODEL)
             router(one)
-            few = _best(lambda: router(one), 50)
-            more = _best(lambda: router(many))
+            few = _usual(lambda: router(one))
+            more = _usual(lambda: router(many))
     finally:
         torch.set_num_threads(threads)
     product = 2 * D_MODEL / (flops_share * device.flops)
@@ -219,7 +247,8 @@ def _exchange() -> Link:
     more = (TOKENS[1] - TOKENS[0]) * D_MODEL * (4 + 4)  # bytes that reach each rank, fp32 tokens and partial outputs
     # Two exchanges, each log2(2) = 1 message. A combine also writes and adds partial outputs, which the model counts
     # as memory traffic of its own; that is small beside the wait, so it stays in here.
-    return Link(few / 2, more / max(many - few, 1e-9))
+    # All ranks of a host meet at once, so a further peer costs next to nothing.
+    return Link(few / 2, CPU.inside.message, more / max(many - few, 1e-9))
 
 
 def exchange_seconds(tokens: tuple[int, ...]) -> list[float]:
@@ -238,8 +267,8 @@ def exchange_seconds(tokens: tuple[int, ...]) -> list[float]:
             b_out=False,
         )  # fmt: skip
         packed.pack(0, np.zeros((32, D_MODEL), np.float32), np.zeros((D_MODEL, 32), np.float32))
-        seconds = math.inf
-        for _ in range(50 if count < 64 else 20):
+        seconds = []
+        for _ in range(MANY_TRIES // 2):
             group.barrier()
             group.batch.route(hidden, index, weights, 1, out)
             routed = time.perf_counter()
@@ -249,8 +278,8 @@ def exchange_seconds(tokens: tuple[int, ...]) -> list[float]:
             group.batch.ffn(packed)
             computed = time.perf_counter()
             group.combine(group.batch)
-            seconds = min(seconds, time.perf_counter() - computed + gathered - routed)
-        found.append(seconds)
+            seconds.append(time.perf_counter() - computed + gathered - routed)
+        found.append(statistics.median(seconds))
     return found
 
 

@@ -56,16 +56,20 @@ class Link:
 
     Attributes:
         latency: seconds of a message of no bytes.
+        message: seconds more for each further message at the same time.
         bandwidth: bytes per second of one rank.
     """
 
     latency: float
+    message: float
     bandwidth: float
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        if not (self.latency >= 0 and math.isfinite(self.latency)):
-            raise _core.ArgumentError(f"latency: expected a number of seconds >= 0, got {self.latency!r}")
+        for name in ("latency", "message"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise _core.ArgumentError(f"{name} of a link: expected a number of seconds >= 0, got {value!r}")
         _positive("bandwidth of a link", self.bandwidth)
 
 
@@ -175,7 +179,7 @@ class Machine:
             flops *= cores
             bandwidth = np.minimum(bandwidth * np.maximum(cores, 1), self.host_bandwidth)
         share = self.bandwidth_share if dtype == "float32" else self.bandwidth_share_16
-        links = (self.inside.latency, self.inside.bandwidth, self.between.latency, self.between.bandwidth)
+        links = [x for link in (self.inside, self.between) for x in (link.latency, link.message, link.bandwidth)]
         times = (self.step, self.expert, self.slot, self.router, self.logit)
         constants = (self.host_bandwidth, *links, *times, self.flops_share, share, self.idle_rows, self.panel)
         return flops, bandwidth, memory, self.hosts(ranks), np.array(constants, np.float64)
@@ -267,8 +271,8 @@ _CUDA = {
     "panel": 64,
     "copies": False,
 }
-# Orders of magnitude of NCCL, not measured by this project.
-_CUDA_LATENCY_INSIDE, _CUDA_LATENCY_BETWEEN = 5e-6, 10e-6
+# Seconds of a message and of each further one: orders of magnitude of NCCL, not measured by this project.
+_CUDA_INSIDE, _CUDA_BETWEEN = (5e-6, 0.5e-6), (10e-6, 1e-6)
 
 
 def _accelerators(name: str) -> Machine:
@@ -284,8 +288,8 @@ def _accelerators(name: str) -> Machine:
     return Machine(
         name,
         (device,),
-        Link(_CUDA_LATENCY_INSIDE, found.link * GIGA),
-        Link(_CUDA_LATENCY_BETWEEN, found.network * GIGA),
+        Link(*_CUDA_INSIDE, found.link * GIGA),
+        Link(*_CUDA_BETWEEN, found.network * GIGA),
         ranks_per_host=8,
         source="engine: fitted to one H200 (benchmarks/results/gpu-h200-layers.json); latencies of links: assumed",
         **_CUDA,  # type: ignore[arg-type]
@@ -305,13 +309,13 @@ CPU = Machine(
             "benchmarks/results/layer-quick.json: medians of the peaks beside each case",
         ),
     ),
-    Link(30e-6, 9e9),
-    Link(100e-6, 1.25e9),
+    Link(25e-6, 1e-6, 9e9),  # ranks of a host meet all at once
+    Link(100e-6, 10e-6, 1.25e9),
     step=12e-6,
     expert=2e-6,
     slot=10e-9,
-    router=200e-6,
-    logit=6e-9,
+    router=80e-6,
+    logit=8e-9,
     flops_share=0.84,
     bandwidth_share=0.84,
     bandwidth_share_16=0.74,

@@ -32,8 +32,8 @@ static void plain(scene *s, int32_t R, int32_t E, int64_t F, int32_t K) {
                             .memory = s->memory,
                             .host = s->host,
                             .host_bandwidth = INFINITY,
-                            .inside = {0, 1e8},
-                            .between = {0, 1e7},
+                            .inside = {0, 0, 1e8},
+                            .between = {0, 0, 1e7},
                             .flops_share = 1,
                             .bandwidth_share = 1,
                             .panel = 1};
@@ -114,14 +114,19 @@ static void latency_counts_messages(void) {
   ms_plan plan;
   ms_error err;
   plain(&s, 8, 8, 16, 1);
-  s.cluster.inside = (ms_link){1, INFINITY};
+  s.cluster.inside = (ms_link){1, 2, INFINITY};
   CHECK_OK(ms_plan_shard(8, 8, 16, NULL, &plan, &err), err);
   CHECK_NEAR(cost_of(&s, &plan, NULL).gather, 3);
   ms_plan_free(&plan);
   CHECK_OK(ms_plan_expert_parallel(8, 8, 16, NULL, &plan, &err), err);
-  ms_cost cost = cost_of(&s, &plan, NULL); // seven messages: all-gather of everything is faster
+  ms_cost cost =
+      cost_of(&s, &plan, NULL); // seven messages, each further one 2 s: all-gather is faster
   CHECK(!cost.sparse);
   CHECK_NEAR(cost.gather, 3);
+  s.cluster.inside.message = 0.1;
+  cost = cost_of(&s, &plan, NULL);
+  CHECK(cost.sparse);
+  CHECK_NEAR(cost.gather, 1 + 6 * 0.1);
   ms_plan_free(&plan);
 }
 
@@ -237,8 +242,10 @@ static double random_between(double low, double high) {
 static void random_scene(scene *s, int32_t R, int32_t E, int64_t F) {
   plain(s, R, E, F, E > 1 && random_between(0, 1) < 0.4 ? 2 : 1);
   s->layer.exact = random_between(0, 1) < 0.3;
-  s->cluster.inside = (ms_link){random_between(0, 1e-5), pow(10, random_between(6, 10))};
-  s->cluster.between = (ms_link){random_between(0, 1e-4), pow(10, random_between(5, 9))};
+  s->cluster.inside =
+      (ms_link){random_between(0, 1e-5), random_between(0, 1e-6), pow(10, random_between(6, 10))};
+  s->cluster.between =
+      (ms_link){random_between(0, 1e-4), random_between(0, 1e-5), pow(10, random_between(5, 9))};
   s->cluster.step = random_between(0, 1e-5);
   s->cluster.expert = random_between(0, 1e-6);
   s->cluster.idle_rows = random_between(0, 4);
