@@ -232,7 +232,7 @@ static void add_region(ms_costing *w, int32_t r, int32_t from, int32_t to, doubl
 // Which senders go to which copy: those that are in a copy go there as far as it has room for 1/c of all tokens, the
 // others where room is left. On few ranks for each sender; on many only for copies that are consecutive ranks, of which
 // each serves its own, else every sender goes to all copies alike.
-static void add_copies(ms_costing *w, const ms_layout *l, int32_t e, double chance) {
+static void add_copies(ms_costing *w, const ms_parts *l, int32_t e, double chance) {
   int32_t R = w->cluster->R, c = l->copies[e], members = (int32_t)(l->first[e + 1] - l->first[e]);
   int32_t *from = w->copy_from, *to = w->copy_to, *size = w->copy_size;
   for (int32_t i = 0; i < c; i++) {
@@ -267,7 +267,7 @@ static void add_copies(ms_costing *w, const ms_layout *l, int32_t e, double chan
 }
 
 // What each rank holds, reads and is wanted for.
-static void add_up(ms_costing *w, const ms_layout *l) {
+static void add_up(ms_costing *w, const ms_parts *l) {
   int32_t R = w->cluster->R;
   memset(w->ranks, 0, (size_t)R * sizeof *w->ranks);
   for (int32_t e = 0; e < l->filled; e++) {
@@ -300,7 +300,7 @@ static double byte_seconds(const ms_costing *w, int32_t r) {
   return 1 / (c->bandwidth_share * rate);
 }
 
-static void time_experts(ms_costing *w, const ms_layout *l) {
+static void time_experts(ms_costing *w, const ms_parts *l) {
   const ms_cluster *c = w->cluster;
   int32_t R = c->R;
   double *per_byte = w->difference, *per_flop = w->difference + R + 1; // not in use yet
@@ -435,7 +435,7 @@ static void finish(ms_cost *cost) {
   cost->total = cost->route + cost->gather + cost->group + cost->ffn + cost->combine;
 }
 
-void ms_costing_run(ms_costing *w, const ms_layout *l, ms_cost *out) {
+void ms_costing_run(ms_costing *w, const ms_parts *l, ms_cost *out) {
   const ms_cluster *c = w->cluster;
   add_up(w, l);
   time_experts(w, l);
@@ -488,9 +488,9 @@ ms_status ms_plan_cost(const ms_plan *plan, const ms_cluster *cluster, const ms_
     return ms_fail(err, MS_EINVAL, "columns: got [%d, %d, 2], expected [%d ranks, %d experts, 2]",
                    plan->R, plan->E, cluster->R, layer->E);
   ms_costing costing = {0};
-  ms_layout layout = {0};
+  ms_parts layout = {0};
   ms_status status = ms_costing_create(cluster, layer, &costing, err);
-  if (status == MS_OK) status = ms_layout_from_plan(plan, &layout, err);
+  if (status == MS_OK) status = ms_parts_from_plan(plan, &layout, err);
   if (status == MS_OK) {
     ms_costing_run(&costing, &layout, out);
     for (int32_t r = 0; ranks && r < cluster->R; r++) {
@@ -505,7 +505,7 @@ ms_status ms_plan_cost(const ms_plan *plan, const ms_cluster *cluster, const ms_
       if (ranks->combined) ranks->combined[r] = back * partial_bytes(layer);
     }
   }
-  ms_layout_free(&layout);
+  ms_parts_free(&layout);
   ms_costing_free(&costing);
   return status;
 }

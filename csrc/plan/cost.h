@@ -3,7 +3,7 @@
 #ifndef MS_COST_H
 #define MS_COST_H
 
-#include "layout.h"
+#include "parts.h"
 
 typedef struct ms_rank_state { // of one rank under one layout
   double bytes, memory;        // weight bytes that ffn is expected to read; that are held
@@ -43,7 +43,7 @@ void ms_costing_free(ms_costing *costing); // zeroed is legal
 
 // Predict; costing->ranks tells of each rank. Only the filled experts count: adding one never makes a layout cheaper, so
 // that the cost of a part is a bound for the whole. Cost: O(R + parts), no allocation.
-void ms_costing_run(ms_costing *costing, const ms_layout *layout, ms_cost *out);
+void ms_costing_run(ms_costing *costing, const ms_parts *layout, ms_cost *out);
 
 // After a run: whether every rank's weights fit into its memory, and the bytes on the fullest rank.
 bool ms_costing_fits(const ms_costing *costing, double *fullest);

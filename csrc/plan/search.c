@@ -36,7 +36,7 @@ typedef struct search {
   ms_costing costing;
   const ms_cluster *cluster;
   const ms_moe_layer *layer;
-  ms_layout trial, best; // best: of all that fit
+  ms_parts trial, best; // best: of all that fit
   double best_total;
   uint32_t kinds;
   ms_candidate *candidates;
@@ -76,11 +76,11 @@ static void cut(search *s, int32_t e, int32_t from, int32_t ranks, bool uneven) 
 
 static ms_status place(search *s, int32_t e, int32_t from, int32_t ranks, int32_t copies,
                        bool uneven, ms_error *err) {
-  MS_TRY(ms_layout_begin(&s->trial, copies, (int64_t)ranks * copies, err));
+  MS_TRY(ms_parts_begin(&s->trial, copies, (int64_t)ranks * copies, err));
   for (int32_t copy = 0; copy < copies; copy++) {
     int32_t first = from + copy * ranks;
     cut(s, e, first, ranks, uneven);
-    for (int32_t i = 0; i < ranks; i++) ms_layout_add(&s->trial, first + i, copy, s->width[i]);
+    for (int32_t i = 0; i < ranks; i++) ms_parts_add(&s->trial, first + i, copy, s->width[i]);
   }
   return MS_OK;
 }
@@ -131,7 +131,7 @@ static void choose_owners(search *s, const recipe *how) {
 
 static ms_status build(search *s, const recipe *how, ms_error *err) {
   int32_t E = s->layer->E, R = s->cluster->R;
-  ms_layout_clear(&s->trial);
+  ms_parts_clear(&s->trial);
   choose_owners(s, how);
   for (int32_t i = 0; i < how->hot; i++) s->owner[s->order[i]] = -1;
   for (int32_t e = 0; e < E; e++) {
@@ -158,7 +158,7 @@ static ms_status ask(search *s, ms_layout_kind kind, const recipe *how, ms_error
   found.fits = ms_costing_fits(&s->costing, &found.memory);
   int32_t i = 0;
   while (i < s->count && !(s->candidates[i].kind == kind &&
-                           (kind != MS_LAYOUT_HYBRID || s->candidates[i].group == how->group)))
+                           (kind != MS_PARTS_HYBRID || s->candidates[i].group == how->group)))
     i++;
   if (i == MS_CANDIDATES) return ms_fail(err, MS_EINVAL, "more than %d candidates", MS_CANDIDATES);
   if (i == s->count) {
@@ -169,7 +169,7 @@ static ms_status ask(search *s, ms_layout_kind kind, const recipe *how, ms_error
   if (found.fits && found.cost.total < s->best_total) {
     s->best_total = found.cost.total;
     s->chosen = i;
-    ms_layout swap = s->best;
+    ms_parts swap = s->best;
     s->best = s->trial;
     s->trial = swap;
   }
@@ -222,7 +222,7 @@ static ms_status try_hot(search *s, int32_t group, ms_error *err) {
       if (R % hot_group || (hot_group == group && group > 1)) continue;
       if (few && hot_group != 1 && hot_group != R && hot_group != host) continue;
       if (hot == E && hot_group == R) continue; // shard
-      ms_layout_kind kind = hot_group == R ? MS_LAYOUT_HOT_SHARDED : MS_LAYOUT_HOT_COPIED;
+      ms_layout_kind kind = hot_group == R ? MS_PARTS_HOT_SHARDED : MS_LAYOUT_HOT_COPIED;
       if (!wanted(s, kind)) continue;
       MS_TRY(try(s, kind, (recipe){group, true, uneven, hot, hot_group}, err));
     }
@@ -241,12 +241,12 @@ static ms_status try_usual(search *s, ms_error *err) {
     MS_TRY(try(s, MS_LAYOUT_EXPERT, (recipe){.group = 1, .hot_group = 1}, err));
   if (wanted(s, MS_LAYOUT_BALANCED))
     MS_TRY(try(s, MS_LAYOUT_BALANCED, (recipe){.group = 1, .balanced = true, .hot_group = 1}, err));
-  for (int32_t group = 2; group < R && wanted(s, MS_LAYOUT_HYBRID); group++)
+  for (int32_t group = 2; group < R && wanted(s, MS_PARTS_HYBRID); group++)
     if (R % group == 0)
       for (int balanced = 0; balanced < 2; balanced++)
-        MS_TRY(try(s, MS_LAYOUT_HYBRID, (recipe){group, balanced, uneven, 0, group}, err));
+        MS_TRY(try(s, MS_PARTS_HYBRID, (recipe){group, balanced, uneven, 0, group}, err));
 
-  if (!wanted(s, MS_LAYOUT_HOT_SHARDED) && !wanted(s, MS_LAYOUT_HOT_COPIED)) return MS_OK;
+  if (!wanted(s, MS_PARTS_HOT_SHARDED) && !wanted(s, MS_LAYOUT_HOT_COPIED)) return MS_OK;
   if ((int64_t)R * E <= SMALL) {
     for (int32_t group = 1; group < R; group++)
       if (R % group == 0) MS_TRY(try_hot(s, group, err));
@@ -310,14 +310,14 @@ static void list_rows(exact *x, row *now, int32_t R, int32_t rank, const int32_t
   list_rows(x, now, R, rank + 1, left);
 }
 
-static ms_status add_row(ms_layout *l, const row *way, int32_t units, ms_error *err) {
-  MS_TRY(ms_layout_begin(l, way->copies, l->R, err));
+static ms_status add_row(ms_parts *l, const row *way, int32_t units, ms_error *err) {
+  MS_TRY(ms_parts_begin(l, way->copies, l->R, err));
   int64_t done[EXACT_RANKS] = {0};
   for (int32_t r = 0; r < l->R; r++) {
     if (!way->units[r]) continue;
     int64_t *at = &done[way->copy[r]], from = l->F * *at / units;
     *at += way->units[r];
-    ms_layout_add(l, r, way->copy[r], l->F * *at / units - from);
+    ms_parts_add(l, r, way->copy[r], l->F * *at / units - from);
   }
   return MS_OK;
 }
@@ -351,7 +351,7 @@ static ms_status descend(search *s, exact *x, int32_t depth, ms_error *err) {
 static ms_status search_exact(search *s, bool *proven, ms_error *err) {
   int32_t E = s->layer->E, R = s->cluster->R;
   exact x = {.units = s->layer->F < UNITS ? (int32_t)s->layer->F : UNITS};
-  for (int32_t copies = 1; copies <= (wanted(s, MS_LAYOUT_HOT_COPIED) ? R : 1); copies++) {
+  for (int32_t copies = 1; copies <= (wanted(s, MS_PARTS_HOT_COPIED) ? R : 1); copies++) {
     row now = {.copies = copies};
     int32_t left[EXACT_RANKS] = {x.units, x.units, x.units};
     list_rows(&x, &now, R, 0, left);
@@ -362,12 +362,12 @@ static ms_status search_exact(search *s, bool *proven, ms_error *err) {
   ms_moe_layer sorted = *own;
   sorted.load = load;
   s->costing.layer = &sorted;
-  ms_layout_clear(&s->trial);
+  ms_parts_clear(&s->trial);
   ms_status status = descend(s, &x, 0, err);
   s->costing.layer = own;
   *proven = status == MS_OK && x.nodes <= NODES && x.count < ROWS;
   if (status != MS_OK || !x.improved) return status;
-  ms_layout_clear(&s->trial);
+  ms_parts_clear(&s->trial);
   int32_t place_of[EXACT_EXPERTS];
   for (int32_t i = 0; i < E; i++) place_of[s->order[i]] = i;
   for (int32_t e = 0; e < E; e++)
@@ -427,8 +427,8 @@ static ms_status nothing_fits(const search *s, ms_error *err) {
 
 static void drop(search *s) {
   ms_costing_free(&s->costing);
-  ms_layout_free(&s->trial);
-  ms_layout_free(&s->best);
+  ms_parts_free(&s->trial);
+  ms_parts_free(&s->best);
   free(s->order);
   free(s->seconds);
   free(s->speed);
@@ -442,8 +442,8 @@ static void drop(search *s) {
 static ms_status take(search *s, ms_error *err) {
   MS_TRY(ms_costing_create(s->cluster, s->layer, &s->costing, err));
   int32_t R = s->cluster->R, E = s->layer->E;
-  MS_TRY(ms_layout_create(R, E, s->layer->F, &s->trial, err));
-  MS_TRY(ms_layout_create(R, E, s->layer->F, &s->best, err));
+  MS_TRY(ms_parts_create(R, E, s->layer->F, &s->trial, err));
+  MS_TRY(ms_parts_create(R, E, s->layer->F, &s->best, err));
   size_t ranks = (size_t)R, experts = (size_t)E;
   s->order = malloc(experts * sizeof *s->order);
   s->seconds = malloc(experts * sizeof *s->seconds);
@@ -483,7 +483,7 @@ ms_status ms_plan_search(const ms_cluster *cluster, const ms_moe_layer *layer, u
                      cluster->R);
     goto done;
   }
-  status = s.chosen < 0 ? nothing_fits(&s, err) : ms_layout_to_plan(&s.best, out, err);
+  status = s.chosen < 0 ? nothing_fits(&s, err) : ms_parts_to_plan(&s.best, out, err);
   *count = s.count;
   *chosen = s.chosen;
   if (proven) *proven = all;

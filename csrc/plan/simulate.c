@@ -98,7 +98,7 @@ static void shuffle(double *x, int32_t n, uint64_t *state) {
 static double larger(double a, double b) { return a > b ? a : b; }
 
 // Time of one step; adds what the ranks computed to `work`.
-static double step(run *x, const ms_layout *layout, const ms_simulation *how, uint64_t *state,
+static double step(run *x, const ms_parts *layout, const ms_simulation *how, uint64_t *state,
                    double *work) {
   int32_t R = layout->R, E = layout->E;
   double total = 0;
@@ -151,15 +151,15 @@ ms_status ms_plan_simulate(const ms_plan *plan, const ms_cluster *cluster,
                    plan->R, plan->E, cluster->R, layer->E);
   MS_TRY(check(simulation, err));
   run x = {0};
-  ms_layout layout = {0};
+  ms_parts layout = {0};
   uint64_t state = simulation->seed;
   double work = 0, all = 0;
   ms_status status = take(&x, cluster, layer, simulation->chunks, err);
-  if (status == MS_OK) status = ms_layout_from_plan(plan, &layout, err);
+  if (status == MS_OK) status = ms_parts_from_plan(plan, &layout, err);
   for (int32_t i = 0; status == MS_OK && i < simulation->steps; i++)
     all += seconds[i] = step(&x, &layout, simulation, &state, &work);
   if (status == MS_OK && busy) *busy = all > 0 ? work / (all * cluster->R) : 0;
-  ms_layout_free(&layout);
+  ms_parts_free(&layout);
   drop(&x);
   return status;
 }
