@@ -222,7 +222,7 @@ static ms_status try_hot(search *s, int32_t group, ms_error *err) {
       if (R % hot_group || (hot_group == group && group > 1)) continue;
       if (few && hot_group != 1 && hot_group != R && hot_group != host) continue;
       if (hot == E && hot_group == R) continue; // shard
-      ms_layout_kind kind = hot_group == R ? MS_PARTS_HOT_SHARDED : MS_LAYOUT_HOT_COPIED;
+      ms_layout_kind kind = hot_group == R ? MS_LAYOUT_HOT_SHARDED : MS_LAYOUT_HOT_COPIED;
       if (!wanted(s, kind)) continue;
       MS_TRY(try(s, kind, (recipe){group, true, uneven, hot, hot_group}, err));
     }
@@ -246,7 +246,7 @@ static ms_status try_usual(search *s, ms_error *err) {
       for (int balanced = 0; balanced < 2; balanced++)
         MS_TRY(try(s, MS_PARTS_HYBRID, (recipe){group, balanced, uneven, 0, group}, err));
 
-  if (!wanted(s, MS_PARTS_HOT_SHARDED) && !wanted(s, MS_LAYOUT_HOT_COPIED)) return MS_OK;
+  if (!wanted(s, MS_LAYOUT_HOT_SHARDED) && !wanted(s, MS_LAYOUT_HOT_COPIED)) return MS_OK;
   if ((int64_t)R * E <= SMALL) {
     for (int32_t group = 1; group < R; group++)
       if (R % group == 0) MS_TRY(try_hot(s, group, err));
@@ -351,7 +351,7 @@ static ms_status descend(search *s, exact *x, int32_t depth, ms_error *err) {
 static ms_status search_exact(search *s, bool *proven, ms_error *err) {
   int32_t E = s->layer->E, R = s->cluster->R;
   exact x = {.units = s->layer->F < UNITS ? (int32_t)s->layer->F : UNITS};
-  for (int32_t copies = 1; copies <= (wanted(s, MS_PARTS_HOT_COPIED) ? R : 1); copies++) {
+  for (int32_t copies = 1; copies <= (wanted(s, MS_LAYOUT_HOT_COPIED) ? R : 1); copies++) {
     row now = {.copies = copies};
     int32_t left[EXACT_RANKS] = {x.units, x.units, x.units};
     list_rows(&x, &now, R, 0, left);
