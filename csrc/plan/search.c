@@ -158,7 +158,7 @@ static ms_status ask(search *s, ms_layout_kind kind, const recipe *how, ms_error
   found.fits = ms_costing_fits(&s->costing, &found.memory);
   int32_t i = 0;
   while (i < s->count && !(s->candidates[i].kind == kind &&
-                           (kind != MS_PARTS_HYBRID || s->candidates[i].group == how->group)))
+                           (kind != MS_LAYOUT_HYBRID || s->candidates[i].group == how->group)))
     i++;
   if (i == MS_CANDIDATES) return ms_fail(err, MS_EINVAL, "more than %d candidates", MS_CANDIDATES);
   if (i == s->count) {
@@ -241,10 +241,10 @@ static ms_status try_usual(search *s, ms_error *err) {
     MS_TRY(try(s, MS_LAYOUT_EXPERT, (recipe){.group = 1, .hot_group = 1}, err));
   if (wanted(s, MS_LAYOUT_BALANCED))
     MS_TRY(try(s, MS_LAYOUT_BALANCED, (recipe){.group = 1, .balanced = true, .hot_group = 1}, err));
-  for (int32_t group = 2; group < R && wanted(s, MS_PARTS_HYBRID); group++)
+  for (int32_t group = 2; group < R && wanted(s, MS_LAYOUT_HYBRID); group++)
     if (R % group == 0)
       for (int balanced = 0; balanced < 2; balanced++)
-        MS_TRY(try(s, MS_PARTS_HYBRID, (recipe){group, balanced, uneven, 0, group}, err));
+        MS_TRY(try(s, MS_LAYOUT_HYBRID, (recipe){group, balanced, uneven, 0, group}, err));
 
   if (!wanted(s, MS_LAYOUT_HOT_SHARDED) && !wanted(s, MS_LAYOUT_HOT_COPIED)) return MS_OK;
   if ((int64_t)R * E <= SMALL) {
