@@ -80,7 +80,7 @@ static ms_status take_expert(const ms_plan *plan, int32_t e, piece *pieces, int6
 ms_status ms_parts_from_plan(const ms_plan *plan, ms_parts *out, ms_error *err) {
   MS_TRY(ms_parts_create(plan->R, plan->E, plan->F, out, err));
   piece *pieces = malloc((size_t)plan->R * sizeof *pieces);
-  int64_t *reached = malloc((size_t)plan->R * sizeof *reached);
+  int64_t *reached = calloc((size_t)plan->R, sizeof *reached);
   ms_status status = MS_OK;
   if (!pieces || !reached) status = ms_fail(err, MS_ENOMEM, "no memory for %d ranks", plan->R);
   for (int32_t e = 0; e < plan->E && status == MS_OK; e++) {

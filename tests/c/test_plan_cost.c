@@ -130,6 +130,19 @@ static void latency_counts_messages(void) {
   ms_plan_free(&plan);
 }
 
+static void latency_of_a_ring_is_that_of_hosts_too(void) {
+  scene s;
+  ms_plan plan;
+  ms_error err;
+  plain(&s, 8, 8, 16, 1);
+  s.cluster.inside = (ms_link){1, 100, INFINITY};
+  s.cluster.between = (ms_link){10, 100, INFINITY};
+  for (int r = 0; r < 8; r++) s.host[r] = r / 2; // four hosts of two
+  CHECK_OK(ms_plan_shard(8, 8, 16, NULL, &plan, &err), err);
+  CHECK_NEAR(cost_of(&s, &plan, NULL).gather, 1 + 2 * 10);
+  ms_plan_free(&plan);
+}
+
 static void ranks_of_a_host_share_its_memory(void) {
   scene s;
   ms_plan plan;
@@ -409,6 +422,43 @@ static void widths_follow_speed_until_ranks_are_done_together(void) {
   ms_plan_free(&plan);
 }
 
+static void speed_is_that_of_memory_where_memory_is_the_limit(void) {
+  scene s;
+  plain(&s, 2, 8, 300, 1);
+  s.flops[0] = s.flops[1] = 1e15;
+  s.bandwidth[1] = 3e9;
+  ms_plan plan;
+  ms_candidate found[MS_CANDIDATES];
+  int32_t count, chosen;
+  ms_error err;
+  CHECK_OK(ms_plan_search(&s.cluster, &s.layer, 1u << MS_LAYOUT_UNEVEN, &plan, found, &count,
+                          &chosen, NULL, &err),
+           err);
+  CHECK_INT(plan.columns[1] - plan.columns[0], 75); // of rank 0, expert 0: a quarter
+  ms_plan_free(&plan);
+}
+
+// The rank with the popular expert has no room for others, the balance of work alone would give it one.
+static void balanced_owners_respect_memory(void) {
+  scene s;
+  plain(&s, 2, 4, 16, 1);
+  const double load[4] = {60, 50, 50, 40};
+  memcpy(s.load, load, sizeof load);
+  s.flops[0] = 2e9;
+  double expert = 2.0 * 8 * 16 * 4;
+  s.memory[0] = 1.5 * expert;
+  s.memory[1] = 3 * expert;
+  ms_plan plan;
+  ms_candidate found[MS_CANDIDATES];
+  int32_t count, chosen;
+  ms_error err;
+  CHECK_OK(ms_plan_search(&s.cluster, &s.layer, 1u << MS_LAYOUT_BALANCED, &plan, found, &count,
+                          &chosen, NULL, &err),
+           err);
+  CHECK(found[chosen].fits);
+  ms_plan_free(&plan);
+}
+
 // ---- the simulation -------------------------------------------------------------------------------------
 
 static void simulation_agrees_with_the_prediction_on_average(void) {
@@ -455,6 +505,7 @@ int main(void) {
   check_begin();
   the_steps_are_what_the_comment_says();
   latency_counts_messages();
+  latency_of_a_ring_is_that_of_hosts_too();
   ranks_of_a_host_share_its_memory();
   copies_split_tokens_and_keep_them_at_home();
   means_hit_experts_by_chance();
@@ -462,6 +513,8 @@ int main(void) {
   search_equals_brute_force();
   larger_searches_give_valid_tables_that_fit();
   widths_follow_speed_until_ranks_are_done_together();
+  speed_is_that_of_memory_where_memory_is_the_limit();
+  balanced_owners_respect_memory();
   simulation_agrees_with_the_prediction_on_average();
   return check_end("test_plan_cost");
 }
