@@ -35,7 +35,7 @@ RANKS = 2
 LAYOUTS = ("shard", "expert_parallel", "balanced", "hot_sharded", "hot_copied")
 NEAR = 0.2  # of the measured time, that a prediction may be off
 CLEAR = 0.15  # a measured difference that a prediction must see
-ROUNDS = 9
+ROUNDS = 15
 
 
 # ---- measuring -----------------------------------------------------------------------------------------
