@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .implementation import disable_transformers, enable_transformers
     from .launcher import Ranks, launch, worker_state
     from .layer import ShardedExperts
+    from .planner import ModelPlan, plan
     from .plans import Plan
     from .profiles import Profile, profile
     from .reports import Report, report
@@ -58,6 +59,7 @@ __all__ = [
     "DTypeError",
     "ExpertWeights",
     "Group",
+    "ModelPlan",
     "MoeshardError",
     "PackedExperts",
     "PeerError",
@@ -77,6 +79,7 @@ __all__ = [
     "launch",
     "measure_speed",
     "pack",
+    "plan",
     "profile",
     "register_adapter",
     "report",
@@ -96,6 +99,7 @@ _ROOMS = {
     "implementation": ("disable_transformers", "enable_transformers"),
     "launcher": ("Ranks", "launch", "worker_state"),
     "layer": ("ShardedExperts",),
+    "planner": ("ModelPlan", "plan"),
     "plans": ("Plan",),
     "profiles": ("Profile", "profile"),
     "reports": ("Report", "report"),
