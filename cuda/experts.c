@@ -66,13 +66,14 @@ static ms_status check_spec(const ms_experts_spec *spec, ms_error *err) {
 static ms_status fill(ms_cuda_experts *x, ms_error *err) {
   int64_t bytes = 0, table_bytes = x->spec.E * (int64_t)sizeof *x->table;
   for (int32_t e = 0; e < x->spec.E; e++) place_expert(x, e, &bytes);
-  int64_t table_at = place(&bytes, table_bytes);
+  int64_t table_at = place(&bytes, table_bytes), seen_at = place(&bytes, (x->spec.E + (int64_t)1) * (int64_t)sizeof *x->seen);
   MS_CUDA(cudaMalloc(&x->data, (size_t)bytes), err);
   x->bytes = bytes;
   MS_CUDA(cudaMemset(x->data, 0, (size_t)bytes), err);
   int64_t at = 0;
   for (int32_t e = 0; e < x->spec.E; e++) place_expert(x, e, &at);
   x->device_table = (const ms_cuda_expert *)((char *)x->data + table_at);
+  x->seen = (unsigned long long *)((char *)x->data + seen_at);
   MS_CUDA(cudaMemcpy((char *)x->data + table_at, x->table, (size_t)table_bytes, cudaMemcpyHostToDevice), err);
   MS_CUDA(cudaDeviceSynchronize(), err); // other streams do not wait for the legacy default stream
   return MS_OK;
@@ -280,6 +281,26 @@ ms_status ms_cuda_experts_unpack(const ms_cuda_experts *x, int32_t e, void *w_in
   int before;
   MS_TRY(ms_cuda_enter(x->device, &before, err));
   ms_status status = unpack_on_device(x, e, w_in, w_out, b_in, b_out, stream, err);
+  ms_cuda_leave(before);
+  return status;
+}
+
+// ---- what came in -----------------------------------------------------------------------------------------------
+
+static ms_status seen_on_device(const ms_cuda_experts *x, int64_t *seen, bool forget, ms_error *err) {
+  size_t bytes = ((size_t)x->spec.E + 1) * sizeof *x->seen;
+  MS_CUDA(cudaDeviceSynchronize(), err); // whatever the streams were
+  if (seen) MS_CUDA(cudaMemcpy(seen, x->seen, bytes, cudaMemcpyDeviceToHost), err);
+  if (!forget) return MS_OK;
+  MS_CUDA(cudaMemset(x->seen, 0, bytes), err);
+  MS_CUDA(cudaDeviceSynchronize(), err); // other streams do not wait for the legacy default stream
+  return MS_OK;
+}
+
+ms_status ms_cuda_experts_seen(const ms_cuda_experts *x, int64_t *seen, bool forget, ms_error *err) {
+  int before;
+  MS_TRY(ms_cuda_enter(x->device, &before, err));
+  ms_status status = seen_on_device(x, seen, forget, err);
   ms_cuda_leave(before);
   return status;
 }

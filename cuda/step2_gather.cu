@@ -15,9 +15,12 @@ ms_status ms_cuda_gather_pack(const ms_cuda_shape *shape, const ms_cuda_view *vi
   a.hidden = (const char *)hidden;
   a.index = index;
   a.weight = weight;
-  a.message = (char *)view->messages + shape->rank * shape->message_bytes;
+  char *own = (char *)view->messages + shape->rank * shape->message_bytes;
+  a.own_header = (ms_cuda_header *)own;
+  a.message = shape->replicated ? (char *)view->messages : own;
   a.ticket = view->tickets;
   a.block_faults = (unsigned long long *)view->counts;
+  a.block_digests = a.block_faults + MS_CUDA_ROUTE_BLOCKS;
   a.T = shape->T;
   a.tokens = header->T;
   a.D = shape->D;

@@ -13,8 +13,9 @@
 // (count, place). Else two launches: count, a chunk for each block, whose last block scans; and place, a thread for
 // each slot and each tile. Whoever counts does so in the order of slots, so nothing depends on timing.
 //
-// Headers of all ranks are compared here, by the block that scans. If they disagree, or tell of a fault, there are no
-// tiles, so no rank computes, and the host finds the headers in `faults`.
+// Headers of all ranks are compared here, by the block that scans. If they disagree, or tell of a fault, tile_count is
+// -1, so that no rank computes and outputs become NaN, and the host finds the headers in `faults`. Else the slots are
+// counted in `seen`, expert by expert: integers, so it does not matter who adds first.
 //
 // Cost: reads slots * 10 bytes, writes slots * 6 (one block: 8 and 4); counters 12 * E * chunks. Latency bound: one
 // block some thousand cycles; else about 100 cycles for each warp of a chunk, and a scan of 16 bytes * E * chunks by one
@@ -33,7 +34,7 @@ enum { MS_GROUP_THREADS = 1024, MS_GROUP_PLACE_THREADS = 256 };
 typedef struct ms_group_args {
   const char *messages;
   int64_t message_bytes, expert_at;
-  int32_t R, E, slots, rank_slots; // rank_slots = T * K
+  int32_t R, E, K, slots, rank_slots; // rank_slots = T * K
   int32_t chunks, chunk_slots, tile_rows;
   int32_t *ticket;
   int32_t *tiles_before; // [E+1] scratch
@@ -42,6 +43,7 @@ typedef struct ms_group_args {
   int32_t *offset, *order;
   ms_cuda_tile *tiles;
   int32_t *tile_count;
+  unsigned long long *seen; // [E+1] or NULL
   ms_cuda_faults *faults;
 } ms_group_args;
 
@@ -110,6 +112,7 @@ __device__ __forceinline__ bool ms_headers_agree(const ms_group_args &a) {
     const ms_cuda_header *other = (const ms_cuda_header *)(a.messages + r * a.message_bytes);
     agree &= own->call == other->call && own->layer == other->layer && own->D == other->D && own->K == other->K &&
              own->E == other->E && own->dtype == other->dtype && own->replicated == other->replicated &&
+             (!own->replicated || (own->T == other->T && own->digest == other->digest)) &&
              other->fault == MS_CUDA_NO_FAULT;
   }
   return __syncthreads_and(agree);
@@ -123,6 +126,17 @@ __device__ __forceinline__ void ms_tell_faults(const ms_group_args &a) {
   __threadfence_system();
   __syncthreads();
   if (threadIdx.x == 0) *(volatile int32_t *)&a.faults->found = 1;
+}
+
+// Count the slots of a call: those of each expert, and all that ranks have (replicated tokens once).
+__device__ __forceinline__ void ms_group_see(const ms_group_args &a, const int32_t *offset) {
+  if (!a.seen) return;
+  for (int32_t e = threadIdx.x; e < a.E; e += blockDim.x)
+    if (int32_t count = offset[e + 1] - offset[e]) atomicAdd(a.seen + e, (unsigned long long)count);
+  for (int32_t r = threadIdx.x; r < a.R; r += blockDim.x) {
+    const ms_cuda_header *header = (const ms_cuda_header *)(a.messages + r * a.message_bytes);
+    if (r == 0 || !header->replicated) atomicAdd(a.seen + a.E, (unsigned long long)(header->T * a.K));
+  }
 }
 
 // The counters of one expert become sums over the chunks before each. Returns the sum over all.
@@ -163,13 +177,16 @@ __device__ __forceinline__ void ms_group_scan(const ms_group_args &a, Counter *c
     rows += all_rows;
     tiles += all_tiles;
   }
-  bool agree = ms_headers_agree(a);
-  if (!agree) ms_tell_faults(a);
   if (threadIdx.x == 0) {
     offset[a.E] = rows;
     tiles_before[a.E] = tiles;
-    *a.tile_count = agree ? tiles : 0;
   }
+  bool agree = ms_headers_agree(a); // a barrier: offset has been written
+  if (agree)
+    ms_group_see(a, offset);
+  else
+    ms_tell_faults(a);
+  if (threadIdx.x == 0) *a.tile_count = agree ? tiles : -1;
 }
 
 // Tile i is of the last expert that has no more than i tiles before it: experts without tiles are passed over.

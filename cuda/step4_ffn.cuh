@@ -234,6 +234,9 @@ __device__ __forceinline__ void ms_ffn_store_h(const ms_ffn_args &args, const ms
     for (int c = 0; c < EACH; c++) {
       h[c] = ms_activate<ACTIVATION>(h[c] + bias[c]);
       if (GATED) h[c] *= up[c] + bias_up[c];
+#ifndef MS_PLANT_29 // an infinite hidden state makes NaN of what no column is
+      if (column + c >= item.columns) h[c] = 0.f;
+#endif
     }
     Storage *to = (Storage *)view.h + (item.tile.first + row) * args.ld_h + item.column + column;
     ms_st128(to, ms_ffn_round(h, (const Storage *)nullptr));

@@ -4,9 +4,9 @@
 //   down   y = weight * (s + b)
 //
 // The activation is a template parameter: MS_FOR_ACTIVATION picks it once per tile, outside the loops over the
-// fragment. act(0) = 0 for all of them, so columns that no weight has (zero-filled operands, no bias) become zeros
-// in H by themselves. NaN stays NaN. Divisions and exponentials are the fast ones (2 ulp and about 1e-7 * |x|
-// relative): below the rounding of every storage type.
+// fragment. Columns of H that no weight has, up to the next 16 bytes, are set to zero: their sums are 0 * x, which is NaN
+// for an infinite x. NaN stays NaN. Divisions and exponentials are the fast ones (2 ulp and about 1e-7 * |x| relative):
+// below the rounding of every storage type.
 // Reference: activate() in csrc/reference.c.
 //
 // SPDX-License-Identifier: Apache-2.0

@@ -140,6 +140,7 @@ __global__ void __launch_bounds__(MS_FMA_THREADS)
           for (int c = 0; c < count; c++) {
             h[c] = ms_activate<ACT>(sum[m][c] + b_first[c]);
             if (GATED) h[c] *= sum[m][2 + c] + b_second[c];
+            if (column + c >= item.columns) h[c] = 0.f;
           }
         });
         float *to = (float *)view.h + at * args.ld_h + item.column + column;

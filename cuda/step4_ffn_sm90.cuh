@@ -290,6 +290,9 @@ __device__ __forceinline__ void ms_sm90_store_h(const ms_sm90_launch &launch, co
             float2 s = biased(group + g, c, 0, 4 * (group + g));
             h[c] = make_float2(ms_activate<ACTIVATION>(s.x), ms_activate<ACTIVATION>(s.y));
           }
+#pragma unroll
+        for (int c = 0; c < 2; c++) // no weight has this column: 0 * infinity may be in the sum
+          if (place.column + (group + g) * 8 + lane % 4 * 2 + c >= width) h[c] = make_float2(0.f, 0.f);
         fragment[2 * g] = ms_round2<Storage>(h[0].x, h[1].x);
         fragment[2 * g + 1] = ms_round2<Storage>(h[0].y, h[1].y);
       }
@@ -378,6 +381,24 @@ __device__ __forceinline__ void ms_sm90_store_slots(const ms_sm90_launch &launch
   }
 }
 
+// The head beside a stage, for all lanes of a warp. The lane that gives the stage back reads it, and tells the others: so
+// the read comes before the arrival in that lane's own program, without a __syncwarp between.
+__device__ __forceinline__ ms_sm90_head ms_sm90_head_of(uint32_t shared) {
+  uint4 words[2] = {};
+  if (threadIdx.x % 32 == 0) {
+    words[0] = ms_sm90_load_staged(shared);
+    words[1] = ms_sm90_load_staged(shared + 16);
+  }
+  auto told = [](uint32_t x) { return (int32_t)__shfl_sync(~0u, x, 0); };
+  ms_sm90_head head;
+  head.first = told(words[0].x), head.rows = told(words[0].y);
+  head.column = told(words[0].z), head.steps = told(words[0].w);
+  head.width = told(words[1].x);
+  uint32_t low = (uint32_t)told(words[1].z), high = (uint32_t)told(words[1].w);
+  head.bias = (const float *)(uintptr_t)((uint64_t)high << 32 | low);
+  return head;
+}
+
 template <bool UP, bool GATED, int ROWS, typename Storage>
 __device__ __forceinline__ void ms_sm90_multiply(const ms_sm90_launch &launch, const ms_cuda_view &view,
                                                  ms_activation activation, uint32_t shared) {
@@ -398,7 +419,7 @@ __device__ __forceinline__ void ms_sm90_multiply(const ms_sm90_launch &launch, c
   };
   for (;;) {
     ms_mbarrier_wait(shared + layout::FULL_AT + ring.stage * 8, ring.phase);
-    const ms_sm90_head item = *(const ms_sm90_head *)__cvta_shared_to_generic(shared + layout::HEAD_AT + ring.stage * 32);
+    const ms_sm90_head item = ms_sm90_head_of(shared + layout::HEAD_AT + ring.stage * 32);
     if (item.steps == 0) break;
     place.column = item.column + half;
     // A group whose rows or columns are all beyond the tile only passes the stages on.

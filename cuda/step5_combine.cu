@@ -32,6 +32,7 @@ ms_status ms_cuda_combine(const ms_cuda_shape *shape, const ms_cuda_view *view, 
   ms_combine_args a = {};
   a.messages = view->messages;
   a.message_bytes = shape->message_bytes;
+  a.tile_count = view->tile_count;
   a.expert_at = shape->expert_at;
   a.from = view->slot;
   a.T = shape->T;

@@ -6,6 +6,7 @@
 //   round          out[t, :]     = round(reduced[t, :])
 //
 // Choices without an expert count for nothing; a token without any gets zeros. fp32 sums, one addition after the other.
+// In a call that has a fault all is NaN, so that nobody goes on with what is not a result.
 // A thread takes VECTOR columns of a token: 8 where D is a multiple of 8 (16-byte loads, 16-byte stores), else 1.
 // Cost: reads (K + 1) * N * D * 4 bytes at most, memory bound.
 // Slow twin: sum_choices and sum_ranks of csrc/step5_combine.c.
@@ -18,13 +19,15 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <math.h> // NAN
 
 enum { MS_COMBINE_THREADS = 256 };
 
 typedef struct ms_combine_args {
   const char *messages; // NULL: nothing but rounding
   int64_t message_bytes, expert_at;
-  const float *from; // slots, or reduced rows
+  const int32_t *tile_count; // negative: a fault
+  const float *from;         // slots, or reduced rows
   void *to;
   int64_t T, rows, D; // T of each rank in the messages; rows of `to`
   int32_t K;
@@ -65,12 +68,15 @@ __device__ __forceinline__ void ms_columns_store(Out *to, const ms_columns<VECTO
 template <typename Out, int VECTOR> __global__ void __launch_bounds__(MS_COMBINE_THREADS) ms_combine(ms_combine_args a) {
   int32_t pieces = (int32_t)(a.D / VECTOR); // VECTOR divides D
   int64_t step = (int64_t)gridDim.x * MS_COMBINE_THREADS;
+  const bool fault = a.messages && *a.tile_count < 0;
   for (int64_t i = (int64_t)blockIdx.x * MS_COMBINE_THREADS + threadIdx.x; i < a.rows * pieces; i += step) {
     int64_t n = i / pieces, d = (i - n * pieces) * VECTOR;
     ms_columns<VECTOR> total = {};
     bool any = false;
     if (!a.messages) {
       total = ms_columns_load<VECTOR>(a.from + n * a.D + d);
+    } else if (fault) {
+      for (int v = 0; v < VECTOR; v++) total.x[v] = NAN;
     } else {
       int64_t r = n / a.T, t = n - r * a.T;
       const int32_t *expert = (const int32_t *)(a.messages + r * a.message_bytes + a.expert_at) + t * a.K;

@@ -210,6 +210,21 @@ static ms_status reduce_scatter(ms_cuda_exchange *base, const float *send, float
   return status;
 }
 
+static ms_status all_reduce(ms_cuda_exchange *base, float *sums, int64_t count, void *stream,
+                            ms_error *err) {
+  nccl_exchange *x = as_nccl(base);
+  pthread_mutex_lock(&x->lock);
+  ms_status status = still_good(x, err);
+  if (status == MS_OK)
+    status = settle(
+        x, "ncclAllReduce",
+        x->nccl.all_reduce(sums, sums, (size_t)count, NCCL_FLOAT32, NCCL_SUM, x->comm, stream),
+        err);
+  if (status == MS_OK) status = mark(x, stream, err);
+  pthread_mutex_unlock(&x->lock);
+  return status;
+}
+
 static ms_status check(ms_cuda_exchange *base, ms_error *err) {
   nccl_exchange *x = as_nccl(base);
   pthread_mutex_lock(&x->lock);
@@ -281,6 +296,7 @@ static ms_status create(const char *const *search, int32_t rank, int32_t R, int3
                                .device = device,
                                .all_gather = all_gather,
                                .reduce_scatter = reduce_scatter,
+                               .all_reduce = all_reduce,
                                .check = check,
                                .free = free_nccl};
   x->nccl = nccl;
