@@ -134,11 +134,21 @@ SIMULATOR := $(if $(REAL_GPU),,tests/ptxsim/build)
 # A program named *_sm90 is for compute capability 9.0 and is told so; the others run as on an A100.
 RUN_GPU := $(if $(REAL_GPU),,LD_LIBRARY_PATH=$(CURDIR)/$(SIMULATOR))
 
-.PHONY: test-gpu
-test-gpu: build $(GPU)/.built $(GPU_TESTS) $(SIMULATOR) ## the CUDA engine, on a GPU or without one; needs nvcc
+.PHONY: test-gpu test-gpu-engine test-gpu-plants
+test-gpu: test-gpu-engine $(if $(REAL_GPU),,test-gpu-plants) ## the CUDA engine, on a GPU or without one; needs nvcc
+test-gpu-engine: build $(GPU)/.built $(GPU_TESTS) $(SIMULATOR)
 	@for program in $(GPU_TESTS); do echo "$$program"; \
 	  case $$program in *_sm90) sm=90;; *) sm=80;; esac; env $(RUN_GPU) PTXSIM_SM=$$sm $$program; done
+	env $(RUN_GPU) PTXSIM_SM=90 $(GPU)/test_engine infinite
 	env $(RUN_GPU) PYTHONPATH=$(GPU)/lib .venv/bin/pytest -rs tests/cuda $(PYTEST)
+test-gpu-plants: $(SIMULATOR) # bugs that the tests must find
+	tests/cuda/plants.sh
+
+.PHONY: coverage-gpu
+coverage-gpu: ## which lines of the kernels test-gpu executes on ptxsim
+	rm -f $(GPU)/coverage.jsonl
+	PTXSIM_COVERAGE=$(CURDIR)/$(GPU)/coverage.jsonl $(MAKE) --no-print-directory test-gpu-engine
+	$(PY) tests/ptxsim/coverage.py $(GPU)/coverage.jsonl cuda/ $(CURDIR)/cuda/
 
 $(GPU)/.built: setup.py $(HEADERS) $(CORE) $(KERNELS) $(BINDING) $(CUDA) $(wildcard moeshard/*.py moeshard/*/*.py)
 	MOESHARD_CUDA=1 MOESHARD_CUDA_ARCHS="$(GPU_ARCHS)" \

@@ -182,6 +182,9 @@ __device__ __forceinline__ void ms_group_scan(const ms_group_args &a, Counter *c
     tiles_before[a.E] = tiles;
   }
   bool agree = ms_headers_agree(a); // a barrier: offset has been written
+#ifdef MS_PLANT_20 // calls with a fault are counted
+  ms_group_see(a, offset);
+#endif
   if (agree)
     ms_group_see(a, offset);
   else

@@ -108,7 +108,11 @@ template <bool UP, bool GATED, int ROWS, typename Storage> struct ms_ffn_copies 
       // gated, 8 lines at a time: every other copy is of up rows
       bool alternate = GATED && tile::LINES == 8;
       int32_t columns = (alternate ? i / 2 : i) * (GATED ? 8 : (int32_t)tile::LINES);
+#ifdef MS_PLANT_23 // one column too many is read
+      bool there = inside && columns <= b_columns;
+#else
       bool there = inside && columns < b_columns;
+#endif
       ms_cp_async16(stage + ms_ffn_at<tile::BK>(line + i * tile::LINES, piece),
                     there ? row + (alternate && i % 2 ? b_up : 0) : b, there);
       if (!alternate || i % 2) row += b_stride;
@@ -141,12 +145,21 @@ ms_ffn_multiply(uint32_t stage,
 #pragma unroll
     for (int n = 0; n < tile::N16; n++) {
       uint32_t b[4];
+#ifdef MS_PLANT_24 // a swizzle that differs from the copies'
+      ms_ldmatrix4(b, b_stage + ms_ffn_at<tile::BK>(n0 + n * 16 + lane % 8 + lane / 16 * 8,
+                                                    (k + lane / 8 % 2) ^ 1));
+#else
       ms_ldmatrix4(b, b_stage + ms_ffn_at<tile::BK>(n0 + n * 16 + lane % 8 + lane / 16 * 8,
                                                     k + lane / 8 % 2));
+#endif
       ms_operands(b, (const Storage *)nullptr);
 #pragma unroll
       for (int m = 0; m < tile::M16; m++) {
+#ifdef MS_PLANT_26 // two registers swapped
+        ms_mma(sum[m][2 * n], a[m], b[1], b[0], (const Storage *)nullptr);
+#else
         ms_mma(sum[m][2 * n], a[m], b[0], b[1], (const Storage *)nullptr);
+#endif
         ms_mma(sum[m][2 * n + 1], a[m], b[2], b[3], (const Storage *)nullptr);
       }
     }
@@ -255,6 +268,9 @@ __device__ __forceinline__ void ms_ffn_store_slots(const ms_ffn_args &args,
   ms_ffn_biases<EACH>(item.expert.b_out ? item.expert.b_out + item.column : nullptr, column,
                       item.columns, bias);
   for (int32_t row = threadIdx.x / PIECES; row < item.tile.rows; row += MS_FFN_THREADS / PIECES) {
+#ifdef MS_PLANT_25 // the last row of a tile is never written
+    if (row == item.tile.rows - 1) continue;
+#endif
     int32_t slot = view.order[item.tile.first + row];
     float weight = ms_ffn_weight(args, view, slot), y[EACH];
     ms_ffn_staged<EACH>(staged + row * tile::STAGED + column, y);
@@ -293,8 +309,14 @@ __global__ void __launch_bounds__(MS_FFN_THREADS, 2)
       ms_cp_async_commit();
     }
     for (int32_t step = 0; step < steps; step++) {
+#ifdef MS_PLANT_22 // off by one: the step's copies may be under way
+      ms_cp_async_wait<tile::STAGES - 1>();
+#else
       ms_cp_async_wait<tile::STAGES - 2>();
+#endif
+#ifndef MS_PLANT_21
       __syncthreads(); // the step's copies are seen by all, and all have read the stage that is filled next
+#endif
       int32_t next = step + tile::STAGES - 1;
       if (next < steps) copies.copy(next, shared + next % tile::STAGES * tile::STAGE);
       ms_cp_async_commit();
@@ -311,7 +333,9 @@ __global__ void __launch_bounds__(MS_FFN_THREADS, 2)
     } else {
       ms_ffn_store_slots<ROWS>(args, view, item, staged);
     }
+#ifndef MS_PLANT_27 // the next item's copies may come before that
     __syncthreads(); // staged has been read
+#endif
   }
 }
 

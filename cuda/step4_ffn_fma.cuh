@@ -117,7 +117,9 @@ __global__ void __launch_bounds__(MS_FMA_THREADS)
         }
       }
       if (step + 1 < steps) store(shared[(step + 1) % 2]);
+#ifndef MS_PLANT_28 // the next step's numbers may not be there yet
       __syncthreads();
+#endif
     }
 
     // This thread's columns of the item: 4, or 2 of both matrices.

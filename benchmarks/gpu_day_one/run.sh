@@ -9,6 +9,7 @@
 # Every stage has its own time limit and log; what fails is said and the next stage runs. Last comes a summary table.
 #   OUTDIR/summary.txt   one line a stage          OUTDIR/facts.json   the device and its ceilings
 #   OUTDIR/day_one.log   the logs of all stages    OUTDIR/layers.json  whole layers against rivals
+#   OUTDIR/model.json    a whole model
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -91,6 +92,7 @@ for program in "$bin"/test_*; do stage "$(basename "$program")" 60 "$program"; d
 for program in "$bin"/test_*; do stage "$(basename "$program")-time" 60 "$program" --time; done
 QUICK=$quick PYTHONPATH="$bin/lib" stage layers $((quick ? 80 : 150)) "$python" "$here/layers.py" \
   "$out/facts.json" "$out/layers.json"
+PYTHONPATH="$bin/lib" stage model 90 "$python" "$here/model.py" "$out/model.json"
 stage pytest $((quick ? 30 : 90)) bash -c tests_python
 for program in "$bin"/test_*; do
   stage "$(basename "$program")-repeat" 30 "$program" --repeat $((quick ? 200 : 1000))

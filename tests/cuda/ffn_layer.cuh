@@ -202,10 +202,17 @@ template <typename Storage> void make(const layer &l, operands &o) {
   o.view.slot = o.take<float>(s.slots * l.D);
 }
 
+// The launchers under test, which main names; a program links those only.
+struct launchers {
+  decltype(&ms_cuda_ffn_up) up;
+  decltype(&ms_cuda_ffn_down) down;
+  int32_t sms; // blocks to check with, 0: as many as the device has
+} ffn;
+
 void run(const layer &l, const operands &o, bool up, bool down) {
   ms_error err = {};
-  ms_status status = up ? ms_cuda_ffn_up(&o.shape, &o.view, l.activation, nullptr, &err) : MS_OK;
-  if (status == MS_OK && down) status = ms_cuda_ffn_down(&o.shape, &o.view, nullptr, &err);
+  ms_status status = up ? ffn.up(&o.shape, &o.view, l.activation, nullptr, &err) : MS_OK;
+  if (status == MS_OK && down) status = ffn.down(&o.shape, &o.view, nullptr, &err);
   if (status == MS_OK) return;
   printf("FAIL %s: %s\n", l.name, err.msg);
   exit(1);
@@ -310,6 +317,7 @@ int untouched(const layer &l, const operands &o) { // slots without an expert ke
 template <typename Storage> bool check(const layer &l) {
   operands o;
   make<Storage>(l, o);
+  if (ffn.sms) o.shape.sms = ffn.sms;
   run(l, o, true, true);
   MUST(cudaDeviceSynchronize());
   double error = worst<Storage>(l, o, 1);
@@ -317,6 +325,11 @@ template <typename Storage> bool check(const layer &l) {
   printf("%-4s %-34s error / tolerance %.3f\n", ok ? "ok" : "FAIL", l.name, error);
   fflush(stdout);
   return ok;
+}
+
+double median(std::vector<float> times) {
+  std::sort(times.begin(), times.end());
+  return times[times.size() / 2];
 }
 
 } // namespace

@@ -2,6 +2,7 @@
 """Layers on the CUDA engine against float64 and the CPU engine: a program, since ptxsim reads its settings once.
 
     python layer_cases.py [NAME...]      all cases, or those whose names contain one of the NAMEs
+    python layer_cases.py --aligned      layers whose rows are whole lines of memory and fill their tiles (counters.py)
 
 Every element is held to a bound of its own, computed beside the float64 reference: what the dtype's roundings and the
 order of fp32 sums may do to it. With t the relative error of a sum in terms of its absolute terms and u the rounding of
@@ -45,7 +46,7 @@ class Case:
     activation: str = "relu"
     gated: bool = False
     bias: bool = False
-    routing: str = "random"  # "one": expert 0 takes all; "dropped": a third of the slots are -1; "none": all are
+    routing: str = "random"  # "one": expert 0 takes all; "dropped": a third of the slots are -1; "none": all are; "even"
     seed: int = 0
 
 
@@ -76,6 +77,18 @@ CASES = [
 ]  # fmt: skip
 
 
+# Every kernel that a layer on one rank may launch, at its best. Choices are dealt out evenly, so that tiles are full.
+ALIGNED = [
+    Case(f"aligned-{t}-{dtype}{'-gated' * gated}-top{k}", tokens=t, d_model=d, d_ff=f, experts=e, choices=k,
+         dtype=dtype, gated=gated, routing="even", activation="silu" if gated else "relu", bias=True)
+    for dtype, sizes in (("bfloat16", ((256, 1, 256), (192, 3, 256), (64, 4, 256))), ("float16", ((256, 1, 256),)),
+                         ("float32", ((128, 1, 64), (64, 1, 64), (32, 2, 64))))
+    for t, e, width in sizes
+    for d, f in ((width, width),)
+    for gated, k in ((False, 1), (True, 2))
+]  # fmt: skip
+
+
 def inputs(case: Case) -> dict[str, torch.Tensor | None]:
     """Random tokens, choices and weights, scaled as a trained model's, in the dtype of the case."""
     seed = torch.Generator().manual_seed(case.seed)
@@ -88,6 +101,8 @@ def inputs(case: Case) -> dict[str, torch.Tensor | None]:
     index = torch.randint(0, E, (T, K), generator=seed)
     if case.routing == "one":
         index[:] = 0
+    elif case.routing == "even":
+        index = torch.arange(T * K).view(T, K) % E
     elif case.routing == "dropped":
         index[torch.rand((T, K), generator=seed) < 1 / 3] = -1
     elif case.routing == "none":
@@ -182,7 +197,11 @@ def run(case: Case) -> str | None:
 
 def main(names: list[str]) -> int:
     """Run, print a line per case, and return how many failed."""
-    cases = [case for case in CASES if not names or any(name in case.name for name in names)]
+    if names == ["--aligned"]:
+        names, everything = [], ALIGNED
+    else:
+        everything = CASES
+    cases = [case for case in everything if not names or any(name in case.name for name in names)]
     failures = 0
     for seed, case in enumerate(cases):
         try:

@@ -22,11 +22,6 @@ bool check_any(const layer &l) {
 
 // ---- time ---------------------------------------------------------------------------------------------------------
 
-double median(std::vector<float> times) {
-  std::sort(times.begin(), times.end());
-  return times[times.size() / 2];
-}
-
 // What the kernels must move at least: the weights of experts that have rows, hidden, H and the slots.
 double bytes_up(const layer &l, const operands &o, double size) {
   std::vector<char> hit((size_t)l.E);
@@ -218,6 +213,7 @@ const layer TIMED[] = {
 
 int main(int argc, char **argv) {
   bool ok = true;
+  ffn = {ms_cuda_ffn_up, ms_cuda_ffn_down, 0};
   if (argc == 3 && !strcmp(argv[1], "--repeat"))
     ok = repeat(atoi(argv[2]));
   else if (argc >= 2 && !strcmp(argv[1], "--time"))
