@@ -211,9 +211,7 @@ class CudaEngine:
             self._exchange.abort(reason)
         self.close()
 
-    def _agree(
-        self, layer: int, experts: _cuda.PackedExperts, hidden: Rows, index: Rows, replicated: bool
-    ) -> int:
+    def _agree(self, layer: int, experts: _cuda.PackedExperts, hidden: Rows, index: Rows, replicated: bool) -> int:
         """The most tokens that a rank has in this call."""
         kind = DTYPES.index(str(hidden.dtype).removeprefix("torch.")) | replicated << 32  # two int32
         facts = (self._calls, layer, hidden.shape[0], experts.d_model, index.shape[1], experts.num_experts, kind, 0)

@@ -33,7 +33,9 @@ def inputs(size, length):
     """Token ids, a third of them padding."""
     seed = torch.Generator("cuda").manual_seed(size)
     ids = torch.randint(2, 1000, (size, length), device="cuda", generator=seed)
-    mask = (torch.arange(length, device="cuda") < length - length * torch.arange(size, device="cuda")[:, None] // (2 * size)).long()
+    mask = (
+        torch.arange(length, device="cuda") < length - length * torch.arange(size, device="cuda")[:, None] // (2 * size)
+    ).long()
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
@@ -117,7 +119,10 @@ def main(path=None):
     if worst > 1e-5 or flipped > 2:
         wrong.append("float32 differs")
     back = moeshard.unshard(sharded)
-    if any(not torch.equal(one, other) for one, other in zip(back.state_dict().values(), whole.state_dict().values(), strict=True)):
+    if any(
+        not torch.equal(one, other)
+        for one, other in zip(back.state_dict().values(), whole.state_dict().values(), strict=True)
+    ):
         wrong.append("unshard gave other weights")
     whole, back = whole.bfloat16(), back.bfloat16()
     sharded = moeshard.shard(back, progress=False)
@@ -125,7 +130,9 @@ def main(path=None):
         batch = inputs(size, 120)
         times = [milliseconds(model, batch) for model in (whole, sharded)]
         result[f"bfloat16, {size} x 120 tokens"] = {"huggingface_ms": times[0], "moeshard_ms": times[1]}
-        print(f"bfloat16, {size} x 120 tokens: HuggingFace {times[0]:.2f} ms, moeshard {times[1]:.2f} ms a forward pass")
+        print(
+            f"bfloat16, {size} x 120 tokens: HuggingFace {times[0]:.2f} ms, moeshard {times[1]:.2f} ms a forward pass"
+        )
     print(moeshard.report(sharded))
     with moeshard.profile(sharded) as profile, torch.inference_mode():
         for _ in range(5):

@@ -61,7 +61,9 @@ def excess(found: Ratios, table: Ratios) -> Iterator[str]:
             continue
         for space, limit in LIMITS.items():
             ratio, known = found[kernel].get(space, 1.0), table[kernel].get(space, 1.0)
-            excuse = next((why for (name, where), why in EXCUSED.items() if kernel.startswith(name) and where == space), "")
+            excuse = next(
+                (why for (name, where), why in EXCUSED.items() if kernel.startswith(name) and where == space), ""
+            )
             if ratio > limit and not excuse:
                 yield f"{kernel}: {space} {ratio}, at most {limit} is allowed"
             if ratio > known + SLACK:

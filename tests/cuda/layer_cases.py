@@ -46,7 +46,9 @@ class Case:
     activation: str = "relu"
     gated: bool = False
     bias: bool = False
-    routing: str = "random"  # "one": expert 0 takes all; "dropped": a third of the slots are -1; "none": all are; "even"
+    routing: str = (
+        "random"  # "one": expert 0 takes all; "dropped": a third of the slots are -1; "none": all are; "even"
+    )
     seed: int = 0
 
 

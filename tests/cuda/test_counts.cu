@@ -1,71 +1,27 @@
 // test_counts.cu - what a layer asks of the CUDA runtime: launches and collectives a chunk, whatever the number of experts
 // and the routing are, and nothing else in the steady state; on ptxsim or on a GPU, alike.
 //
-//   built as test_engine.cu, with -ldl
+//   built as test_engine.cu, with counted_calls.c and -ldl
 //   test_counts               every case, each line ok or FAIL, then what was counted
 //
-// The functions of the runtime that are counted stand here under their own names, in front of the library's: whatever the
-// engine calls passes through them.
-//
 // SPDX-License-Identifier: Apache-2.0
+#include "counted_calls.h"
 #include "layers.cuh"
-
-#include <dlfcn.h>
 
 namespace {
 
 struct tally {
-  int launches, collectives, waits, allocations, copies, events;
+  counted_calls calls;
+  int collectives;
 };
-thread_local tally counted;
-thread_local bool counting; // between the beginning and the end of a forward, outside the test's own exchange
-
-template <typename Function> Function *real(const char *name) {
-  void *found = dlsym(RTLD_NEXT, name);
-  if (found) return (Function *)found;
-  printf("FAIL there is no %s\n", name);
-  exit(1);
-}
-
-} // namespace
-
-#define COUNTED(what, name, parameters, arguments)                                                                     \
-  extern "C" cudaError_t name parameters {                                                                             \
-    static auto *const library = real<cudaError_t parameters>(#name);                                                  \
-    counted.what += counting;                                                                                          \
-    return library arguments;                                                                                          \
-  }
-COUNTED(launches, cudaLaunchKernel, (const void *f, dim3 grid, dim3 block, void **args, size_t shared, cudaStream_t s),
-        (f, grid, block, args, shared, s))
-COUNTED(launches, cudaLaunchKernelExC, (const cudaLaunchConfig_t *how, const void *f, void **args), (how, f, args))
-COUNTED(waits, cudaDeviceSynchronize, (void), ())
-COUNTED(waits, cudaStreamSynchronize, (cudaStream_t s), (s))
-COUNTED(waits, cudaEventSynchronize, (cudaEvent_t e), (e))
-COUNTED(waits, cudaEventQuery, (cudaEvent_t e), (e))
-COUNTED(waits, cudaStreamQuery, (cudaStream_t s), (s))
-COUNTED(allocations, cudaMalloc, (void **p, size_t n), (p, n))
-COUNTED(allocations, cudaMallocAsync, (void **p, size_t n, cudaStream_t s), (p, n, s))
-COUNTED(allocations, cudaMallocHost, (void **p, size_t n), (p, n))
-COUNTED(allocations, cudaHostAlloc, (void **p, size_t n, unsigned how), (p, n, how))
-COUNTED(allocations, cudaFree, (void *p), (p))
-COUNTED(allocations, cudaEventCreateWithFlags, (cudaEvent_t * e, unsigned how), (e, how))
-COUNTED(allocations, cudaStreamCreateWithFlags, (cudaStream_t * s, unsigned how), (s, how))
-COUNTED(copies, cudaMemcpy, (void *to, const void *from, size_t n, cudaMemcpyKind kind), (to, from, n, kind))
-COUNTED(copies, cudaMemcpyAsync, (void *to, const void *from, size_t n, cudaMemcpyKind kind, cudaStream_t s),
-        (to, from, n, kind, s))
-COUNTED(copies, cudaMemset, (void *to, int x, size_t n), (to, x, n))
-COUNTED(copies, cudaMemsetAsync, (void *to, int x, size_t n, cudaStream_t s), (to, x, n, s))
-COUNTED(events, cudaEventRecord, (cudaEvent_t e, cudaStream_t s), (e, s))
-COUNTED(events, cudaStreamWaitEvent, (cudaStream_t s, cudaEvent_t e, unsigned how), (s, e, how))
-
-namespace {
+thread_local int collectives;
 
 // The exchange of layers.cuh, which is not counted but as a collective.
 template <typename Collective> ms_status as_one(Collective collective) {
-  counting = false;
+  count_calls(0);
   ms_status status = collective();
-  counting = true;
-  counted.collectives++;
+  count_calls(1);
+  collectives++;
   return status;
 }
 ms_status counted_gather(ms_cuda_exchange *x, const void *send, void *receive, int64_t bytes, void *stream,
@@ -113,12 +69,13 @@ std::vector<tally> tallies(const layer &l, const std::vector<routing> &routes) {
         routed.route = routes[i == 0 ? 0 : i - 1];
         batch b(routed, l.T, l.replicated ? 8 : 8 + (uint64_t)r);
         ms_cuda_call call = b.call(l.T);
-        counted = {};
-        counting = true;
+        calls_so_far(true);
+        collectives = 0;
+        count_calls(1);
         ms_status status = ms_cuda_forward(engine, experts, &call, stream, &err);
-        counting = false;
+        count_calls(0);
         must(status, err, "ms_cuda_forward");
-        if (i > 0) found[(size_t)r * routes.size() + i - 1] = counted;
+        if (i > 0) found[(size_t)r * routes.size() + i - 1] = {calls_so_far(true), collectives};
         MUST_OK(ms_cuda_engine_faults(engine, &err));
       }
       ranks.meet.wait(); // nothing is freed that another rank may still read
@@ -135,17 +92,19 @@ void check(const layer &l) {
   std::vector<tally> found = tallies(l, routes);
   std::string wrong;
   const tally &first = found[0];
+  const counted_calls &calls = first.calls;
   for (const tally &t : found) {
-    if (t.launches != first.launches || t.collectives != first.collectives) wrong = "counts depend on routing or rank";
-    if (t.waits || t.allocations || t.copies) wrong = "there is a wait, an allocation or a copy";
+    if (t.calls.launches != calls.launches || t.calls.events != calls.events || t.collectives != first.collectives)
+      wrong = "counts depend on routing or rank";
+    if (t.calls.waits || t.calls.allocations || t.calls.copies) wrong = "there is a wait, an allocation or a copy";
   }
   int32_t chunks = std::min(l.R > 1 ? l.chunks : 1, l.T);
-  if (first.launches > 6 * chunks) wrong = "more than 6 launches a chunk";
-  if (first.launches < 4 * chunks) wrong = "launches are not seen";
+  if (calls.launches > 6 * chunks) wrong = "more than 6 launches a chunk";
+  if (calls.launches < 4 * chunks) wrong = "launches are not seen";
   if (first.collectives != (l.R > 1 ? 2 * chunks : 0)) wrong = "other than 2 collectives a chunk";
   char text[160];
-  snprintf(text, sizeof text, "  launches %d, collectives %d, events %d, waits %d, allocations %d, copies %d", first.launches,
-           first.collectives, first.events, first.waits, first.allocations, first.copies);
+  snprintf(text, sizeof text, "  launches %d, collectives %d, events %d, waits %d, allocations %d, copies %d",
+           calls.launches, first.collectives, calls.events, calls.waits, calls.allocations, calls.copies);
   report(name_of(l), wrong, text);
 }
 

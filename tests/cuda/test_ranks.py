@@ -95,9 +95,7 @@ class Layer:
         with self.group.call():
             with self.engine.checking():
                 pass
-            self.engine.forward(
-                self.packed, hidden, index, weights, out, layer=self.number, replicated=replicated
-            )
+            self.engine.forward(self.packed, hidden, index, weights, out, layer=self.number, replicated=replicated)
         return out
 
     def forward(self, tokens, **change):
