@@ -92,7 +92,8 @@ class ShardedExperts(nn.Module):
             w_out: ``[E, D, F]``.
             b_in: ``[E, F]`` (gated: ``[E, 2F]``) or ``None``.
             b_out: ``[E, D]`` or ``None``.
-            activation: ``"identity"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``.
+            activation: ``"identity"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"``, ``"silu"``; ``"clamped_swiglu"``:
+                gpt-oss's, gated only: ``g sigmoid(1.702 g) (u + 1)``, gate g at most 7, u in [-7, 7].
             gated: ``y = act(x W_gate^T) * (x W_up^T)``.
             dtype: storage of the packed weights, as in :func:`moeshard.shard`. ``None``: as ``w_in``.
             plan: the layout; ``"auto"`` is ``"shard"``.
