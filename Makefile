@@ -160,7 +160,7 @@ GPU_OBJECTS := $(patsubst %.c,$(GPU)/temp/%.o,$(filter-out csrc/reference.c,$(CO
   $(patsubst cuda/%.cu,$(GPU)/temp/cuda/$(subst ;,_,$(GPU_ARCHS))/%.o,$(wildcard cuda/*.cu)) \
   $(ISAS:%=$(GPU)/temp/%/$(KERNELS:.c=.o))
 $(GPU)/test_counts: tests/cuda/counted_calls.c
-$(GPU)/%: tests/cuda/%.cu $(GPU)/.built csrc/reference.c
+$(GPU)/%: tests/cuda/%.cu $(GPU)/.built csrc/reference.c $(wildcard tests/cuda/*.cuh tests/cuda/*.h)
 	nvcc -O3 -std=c++17 -cudart shared -lineinfo $(if $(findstring sm90,$*),,\
 	  -gencode arch=compute_80,code=sm_80 -gencode arch=compute_80,code=compute_80) \
 	  -gencode arch=compute_90a,code=sm_90a -gencode arch=compute_90a,code=compute_90a -DMS_CUDA_SM90 \

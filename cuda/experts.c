@@ -54,10 +54,10 @@ static ms_status check_spec(const ms_experts_spec *spec, ms_error *err) {
   if ((unsigned)spec->activation >= MS_ACTIVATION_COUNT)
     return ms_fail(err, MS_EINVAL, "activation: got %d, expected 0 to %d", (int)spec->activation,
                    MS_ACTIVATION_COUNT - 1);
-  if (spec->interleaved)
-    return ms_fail(err, MS_EINVAL, "w_in: interleaved gate and up rows are not there yet on CUDA");
-  if (spec->activation == MS_CLAMPED_SWIGLU)
-    return ms_fail(err, MS_EINVAL, "activation: clamped_swiglu is not there yet on CUDA");
+  if (spec->activation == MS_CLAMPED_SWIGLU && !spec->gated)
+    return ms_fail(err, MS_EINVAL, "activation: clamped_swiglu is for gated experts");
+  if (spec->interleaved && !spec->gated)
+    return ms_fail(err, MS_EINVAL, "interleaved: it is for gated experts");
   for (int32_t e = 0; e < spec->E; e++) {
     const int64_t *c = spec->columns + 2 * e;
     if (c[0] < 0 || c[0] > c[1] || c[1] > spec->F)
@@ -187,6 +187,23 @@ static ms_status move_in(ms_matrix m, const void *to, ms_dtype dtype, int64_t ld
   return status;
 }
 
+// Rows that alternate: the even ones (gate) to `to`, the odd ones (up) `step` elements behind.
+static ms_status move_in_alternating(ms_matrix m, const void *to, int64_t step, ms_dtype dtype, int64_t ld,
+                                     cudaStream_t stream, ms_error *err) {
+  void *copy = NULL;
+  ms_status status = MS_OK;
+  if (!on_device(m.data)) status = to_device(&m, &copy, stream, err);
+  for (int64_t half = 0; half < 2 && status == MS_OK; half++) {
+    ms_matrix rows = part_of(&m, half, m.rows / 2, 0, m.cols);
+    rows.row_stride *= 2;
+    status = ms_cuda_convert(&rows, (char *)(uintptr_t)to + half * step * ms_dtype_size(dtype), dtype, ld, stream, err);
+  }
+  cudaError_t waited = cudaStreamSynchronize(stream); // as in move_in
+  if (status == MS_OK) status = ms_cuda_status(waited, "cudaStreamSynchronize", err);
+  cudaFree(copy);
+  return status;
+}
+
 static ms_status check_matrix(const char *name, const ms_matrix *m, int64_t rows, int64_t cols, ms_error *err) {
   if (m->rows == rows && m->cols == cols) return MS_OK;
   return ms_fail(err, MS_ESHAPE, "%s: got [%lld, %lld], expected [%lld, %lld]", name, (long long)m->rows,
@@ -212,7 +229,14 @@ static ms_status pack_on_device(const ms_cuda_experts *x, int32_t e, int64_t ski
   const ms_experts_spec *spec = &x->spec;
   const ms_cuda_expert *t = &x->table[e];
   int64_t size = ms_dtype_size(spec->storage), width = t->width, halves = spec->gated ? 2 : 1;
-  for (int64_t half = 0; half < halves; half++) { // gate rows, then up rows
+  if (spec->interleaved) {
+    MS_TRY(move_in_alternating(part_of(w_in, 2 * skip, 2 * width, 0, spec->D), t->w_in, width * x->ld_in, spec->storage,
+                               x->ld_in, stream, err));
+    ms_matrix whole = {.data = b_in, .dtype = bias, .rows = 2 * count, .cols = 1, .row_stride = 1, .col_stride = 1};
+    if (b_in)
+      MS_TRY(move_in_alternating(part_of(&whole, 2 * skip, 2 * width, 0, 1), t->b_in, width, MS_F32, 1, stream, err));
+  }
+  for (int64_t half = 0; half < halves && !spec->interleaved; half++) { // gate rows, then up rows
     MS_TRY(move_in(part_of(w_in, half * count + skip, width, 0, spec->D),
                    (const char *)t->w_in + half * width * x->ld_in * size, spec->storage, x->ld_in, stream, err));
     if (!b_in) continue;

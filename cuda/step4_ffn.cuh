@@ -246,7 +246,7 @@ __device__ __forceinline__ void ms_ffn_store_h(const ms_ffn_args &args, const ms
 #pragma unroll
     for (int c = 0; c < EACH; c++) {
       h[c] = ms_activate<ACTIVATION>(h[c] + bias[c]);
-      if (GATED) h[c] *= up[c] + bias_up[c];
+      if (GATED) h[c] *= ms_factor<ACTIVATION>(up[c] + bias_up[c]);
 #ifndef MS_PLANT_29 // an infinite hidden state makes NaN of what no column is
       if (column + c >= item.columns) h[c] = 0.f;
 #endif
@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(MS_FFN_THREADS, 2)
     ms_ffn_stage_sums<GATED, ROWS>(staged, sum);
     __syncthreads();
     if (UP) {
-      MS_FOR_ACTIVATION(activation,
+      MS_FOR_ACTIVATION(activation, GATED,
                         (ms_ffn_store_h<GATED, ROWS, Storage, ACT>(args, view, item, staged)));
     } else {
       ms_ffn_store_slots<ROWS>(args, view, item, staged);

@@ -138,10 +138,10 @@ __global__ void __launch_bounds__(MS_FMA_THREADS)
       int32_t at = item.tile.first + row;
       if (UP) {
         float h[4];
-        MS_FOR_ACTIVATION(activation, {
+        MS_FOR_ACTIVATION(activation, GATED, {
           for (int c = 0; c < count; c++) {
             h[c] = ms_activate<ACT>(sum[m][c] + b_first[c]);
-            if (GATED) h[c] *= sum[m][2 + c] + b_second[c];
+            if (GATED) h[c] *= ms_factor<ACT>(sum[m][2 + c] + b_second[c]);
             if (column + c >= item.columns) h[c] = 0.f;
           }
         });

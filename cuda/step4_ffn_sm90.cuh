@@ -258,6 +258,14 @@ __device__ __forceinline__ uint4 ms_sm90_load_staged(uint32_t shared) {
   return *(const uint4 *)__cvta_shared_to_generic(shared);
 }
 
+// The first `count` of 8 columns, zeros in place of the others.
+__device__ __forceinline__ uint4 ms_sm90_first(uint4 columns, int32_t count) {
+  auto kept = [count](uint32_t pair, int32_t at) {
+    return at + 1 < count ? pair : at < count ? pair & 0xffff : 0;
+  };
+  return make_uint4(kept(columns.x, 0), kept(columns.y, 2), kept(columns.z, 4), kept(columns.w, 6));
+}
+
 // H from the sums: 64 columns at a time through the staging area, then 128 bytes of a row by 8 lanes.
 template <typename Storage, ms_activation ACTIVATION, bool GATED, int SUMS>
 __device__ __forceinline__ void ms_sm90_store_h(const ms_sm90_launch &launch, const ms_cuda_view &view,
@@ -285,14 +293,12 @@ __device__ __forceinline__ void ms_sm90_store_h(const ms_sm90_launch &launch, co
           if (GATED) {
             float2 gate = biased(group + g, c, 0, 8 * (group + g));
             float2 up = biased(group + g, c, width, 8 * (group + g) + 4);
-            h[c] = make_float2(ms_activate<ACTIVATION>(gate.x) * up.x, ms_activate<ACTIVATION>(gate.y) * up.y);
+            h[c] = make_float2(ms_activate<ACTIVATION>(gate.x) * ms_factor<ACTIVATION>(up.x),
+                               ms_activate<ACTIVATION>(gate.y) * ms_factor<ACTIVATION>(up.y));
           } else {
             float2 s = biased(group + g, c, 0, 4 * (group + g));
             h[c] = make_float2(ms_activate<ACTIVATION>(s.x), ms_activate<ACTIVATION>(s.y));
           }
-#pragma unroll
-        for (int c = 0; c < 2; c++) // no weight has this column: 0 * infinity may be in the sum
-          if (place.column + (group + g) * 8 + lane % 4 * 2 + c >= width) h[c] = make_float2(0.f, 0.f);
         fragment[2 * g] = ms_round2<Storage>(h[0].x, h[1].x);
         fragment[2 * g + 1] = ms_round2<Storage>(h[0].y, h[1].y);
       }
@@ -305,6 +311,7 @@ __device__ __forceinline__ void ms_sm90_store_h(const ms_sm90_launch &launch, co
     for (int i = 0; i < 4; i++) {
       int32_t row = 4 * i + lane / 8;
       uint4 value = ms_sm90_load_staged(ms_sm90_staged(place.staging, row, lane % 8));
+      if (column + 8 > width) value = ms_sm90_first(value, width - column); // beyond it, 0 * infinity may be in the sum
 #ifdef MS_PLANT_4 // the last row of a tile is never written
       if (place.row + row < item.rows - 1 && column < width)
 #else
@@ -456,7 +463,7 @@ __device__ __forceinline__ void ms_sm90_multiply(const ms_sm90_launch &launch, c
     release(before);
 #endif
     if constexpr (UP) {
-      MS_FOR_ACTIVATION(activation, (ms_sm90_store_h<Storage, ACT, GATED>(launch, view, item, place, sum)));
+      MS_FOR_ACTIVATION(activation, GATED, (ms_sm90_store_h<Storage, ACT, GATED>(launch, view, item, place, sum)));
     } else
       ms_sm90_store_slots(launch, view, item, place, slots, sum);
   }

@@ -34,6 +34,9 @@ static void *real(const char *name) {
     return library arguments;                                                                      \
   }
 
+COUNTED(launches, __cudaLaunchKernel, // what <<<>>> is from CUDA 13 on; cudaLaunchKernel before
+        (cudaKernel_t f, dim3 grid, dim3 block, void **args, size_t shared, cudaStream_t s),
+        (f, grid, block, args, shared, s))
 COUNTED(launches, cudaLaunchKernel,
         (const void *f, dim3 grid, dim3 block, void **args, size_t shared, cudaStream_t s),
         (f, grid, block, args, shared, s))

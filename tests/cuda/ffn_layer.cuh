@@ -230,6 +230,8 @@ double activate(ms_activation activation, double x) {
     return 0.5 * x * (1 + tanh(0.79788456080286535588 * (x + 0.044715 * x * x * x)));
   case MS_SILU:
     return x / (1 + exp(-x));
+  case MS_CLAMPED_SWIGLU:
+    return std::min(x, 7.) / (1 + exp(-1.702 * std::min(x, 7.)));
   default:
     return x;
   }
@@ -281,6 +283,7 @@ template <typename Storage> double worst(const layer &l, const operands &o, int3
       }
       sum gate = product(l, e, token, f, f), up = {1, 0};
       if (l.gated) up = product(l, e, token, width + f, width + f);
+      if (l.activation == MS_CLAMPED_SWIGLU) up.value = std::clamp(up.value, -7., 7.) + 1;
       double expected = activate(l.activation, gate.value) * up.value;
       double slack =
           cut_up * (1.2 * gate.magnitude * fabs(up.value) + fabs(gate.value) * up.magnitude) +

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 import simdev
 import torch
-from reference import ACTIVATIONS
+from reference import ACTIVATIONS, KINDS
 
 import moeshard
 
@@ -61,7 +61,7 @@ CASES = [
     *(dataclasses.replace(BASE, name=f"{e}-experts-top{k}", experts=e, choices=k, tokens=40, bias=True)
       for e, k in ((1, 1), (3, 2), (8, 1), (8, 2), (8, 4), (64, 1), (64, 4))),
     *(dataclasses.replace(BASE, name=f"{a}{'-gated' if g else ''}", activation=a, gated=g, bias=True, tokens=20)
-      for a in ("identity", "relu", "gelu", "gelu_tanh", "silu") for g in (False, True)),
+      for a, g in KINDS),
     *(dataclasses.replace(BASE, name=f"{d}-{r}", dtype=d, routing=r, experts=8, choices=2, tokens=70, bias=True)
       for d in ("bfloat16", "float16") for r in ("one", "dropped", "none")),
     *(dataclasses.replace(BASE, name=f"float16-{a}", dtype="float16", activation=a, gated=g, choices=2, tokens=33)
@@ -76,6 +76,10 @@ CASES = [
     dataclasses.replace(BASE, name="tile-128", tokens=300, experts=1, d_model=64, d_ff=64),
     dataclasses.replace(BASE, name="tile-128-ragged", tokens=257, experts=1, d_model=96, d_ff=72, gated=True,
                         bias=True),
+    dataclasses.replace(BASE, name="tile-128-clamped", tokens=150, experts=1, d_ff=72, gated=True, bias=True,
+                        activation="clamped_swiglu"),
+    dataclasses.replace(BASE, name="float32-clamped", dtype="float32", tokens=20, d_model=32, d_ff=37, gated=True,
+                        bias=True, activation="clamped_swiglu"),
 ]  # fmt: skip
 
 
@@ -111,7 +115,7 @@ def inputs(case: Case) -> dict[str, torch.Tensor | None]:
         index[:] = -1
     rows = 2 * F if case.gated else F
     return {
-        "hidden": normal(T, D),
+        "hidden": normal(T, D, scale=6.0 if case.activation == "clamped_swiglu" else 1.0),  # beyond its clamps too
         "index": index.int() if case.seed % 2 else index,
         "weights": torch.rand((T, K), generator=seed).to(torch.float32 if T % 2 else dtype),
         "w_in": normal(E, rows, D, scale=D**-0.5),
@@ -146,6 +150,8 @@ def reference(case: Case, given: dict[str, torch.Tensor | None]) -> tuple[np.nda
         error = t_in * terms
         if case.gated:
             gate, up, gate_error, up_error = (*np.split(up, 2, axis=1), *np.split(error, 2, axis=1))
+            if case.activation == "clamped_swiglu":
+                up = np.clip(up, -7, 7) + 1
             h = act(gate) * up
             # An activation in fp32 is right to some units of its argument's last place.
             gate_error = SLOPE * gate_error + 8 * 2.0**-24 * (np.abs(gate) + 1)

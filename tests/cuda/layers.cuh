@@ -134,7 +134,7 @@ struct layer {
 
 std::string name_of(const layer &l) {
   static const char *const routes[] = {"even", "skewed", "one expert", "holes", "no expert"};
-  static const char *const activations[] = {"identity", "relu", "gelu", "gelu_tanh", "silu"};
+  static const char *const activations[] = {"identity", "relu", "gelu", "gelu_tanh", "silu", "clamped_swiglu"};
   char text[200];
   snprintf(text, sizeof text, "%s T=%d D=%d F=%d K=%d E=%d %s %s%s%s%s R=%d chunks=%d%s", ms_dtype_name(l.dtype), l.T,
            l.D, l.F, l.K, l.E, routes[l.route], activations[l.activation], l.gated ? " gated" : "",
@@ -172,7 +172,7 @@ int64_t start_of(const layer &l, int32_t e, int32_t r) { // near-equal slices; r
   return r == 0 ? 0 : r == l.R ? l.F : std::min<int64_t>(l.F, (int64_t)l.F * r / l.R + (e * 13) % (l.F / l.R + 1));
 }
 
-ms_cuda_experts *packed(const model &m, int32_t rank, bool transposed, bool from_device) {
+ms_cuda_experts *packed(const model &m, int32_t rank, bool transposed, bool from_device, bool interleaved = false) {
   const layer &l = m.l;
   ms_error err = {};
   std::vector<int64_t> columns;
@@ -183,6 +183,7 @@ ms_cuda_experts *packed(const model &m, int32_t rank, bool transposed, bool from
   ms_experts_spec spec = {};
   spec.E = l.E, spec.D = l.D, spec.F = l.F, spec.storage = l.dtype, spec.activation = l.activation;
   spec.gated = l.gated, spec.has_b_in = spec.has_b_out = l.biased, spec.columns = columns.data();
+  spec.interleaved = interleaved;
   ms_cuda_experts *experts = nullptr;
   MUST_OK(ms_cuda_experts_create(&spec, 0, &experts, &err));
   int64_t rows = l.gated ? 2 * l.F : l.F;
@@ -190,6 +191,16 @@ ms_cuda_experts *packed(const model &m, int32_t rank, bool transposed, bool from
     device_memory memory;
     std::vector<float> in(m.w_in.begin() + e * rows * l.D, m.w_in.begin() + (e + 1) * rows * l.D);
     std::vector<float> out(m.w_out.begin() + (int64_t)e * l.D * l.F, m.w_out.begin() + (e + 1) * (int64_t)l.D * l.F);
+    std::vector<float> b_in;
+    if (l.biased) b_in.assign(m.b_in.begin() + e * rows, m.b_in.begin() + (e + 1) * rows);
+    if (interleaved) { // gate 0, up 0, gate 1, ...
+      std::vector<float> in_rows = in, biases = b_in;
+      for (int64_t row = 0; row < rows; row++) {
+        int64_t from = row % 2 * l.F + row / 2;
+        std::copy(in_rows.begin() + from * l.D, in_rows.begin() + (from + 1) * l.D, in.begin() + row * l.D);
+        if (l.biased) b_in[(size_t)row] = biases[(size_t)from];
+      }
+    }
     ms_matrix w_in = {nullptr, MS_F32, rows, l.D, l.D, 1}, w_out = {nullptr, MS_F32, l.D, l.F, l.F, 1};
     if (transposed) {
       std::vector<float> t_in(in.size()), t_out(out.size());
@@ -202,7 +213,7 @@ ms_cuda_experts *packed(const model &m, int32_t rank, bool transposed, bool from
     }
     w_in.data = from_device ? memory.copy(in) : (char *)in.data();
     w_out.data = from_device ? memory.copy(out) : (char *)out.data();
-    MUST_OK(ms_cuda_experts_pack(experts, e, 0, l.F, &w_in, &w_out, l.biased ? &m.b_in[(size_t)(e * rows)] : nullptr,
+    MUST_OK(ms_cuda_experts_pack(experts, e, 0, l.F, &w_in, &w_out, l.biased ? b_in.data() : nullptr,
                                  l.biased ? &m.b_out[(size_t)(e * l.D)] : nullptr, MS_F32, nullptr, &err));
   }
   return experts;
@@ -341,7 +352,10 @@ ms_status reduce_scatter(ms_cuda_exchange *base, const float *send, float *recei
 
 ms_status all_reduce(ms_cuda_exchange *base, float *sums, int64_t count, void *stream, ms_error *) {
   auto *x = (thread_exchange *)base;
-  if (x->room < count) x->sums = (float *)x->memory.take(4 * count), x->room = count;
+  if (x->room < count) {
+    x->sums = (float *)x->memory.take(4 * count), x->room = count;
+    MUST(cudaDeviceSynchronize()); // it is filled with NaN on another stream
+  }
   together(x, sums, (cudaStream_t)stream, [&] { sum_from(x, 0, x->sums, count, (cudaStream_t)stream); });
   if (count > 0)
     MUST(cudaMemcpyAsync(sums, x->sums, (size_t)count * 4, cudaMemcpyDeviceToDevice, (cudaStream_t)stream));

@@ -262,8 +262,8 @@ std::string check_experts(const layer &l) {
   model m(l);
   ms_error err = {};
   int64_t size = ms_dtype_size(l.dtype), rows = l.gated ? 2 * l.F : l.F;
-  for (int32_t how = 0; how < 4; how++) {
-    ms_cuda_experts *experts = packed(m, 0, how & 1, how & 2);
+  for (int32_t how = 0; how < (l.gated ? 8 : 4); how++) {
+    ms_cuda_experts *experts = packed(m, 0, how & 1, how & 2, how & 4);
     for (int32_t e = 0; e < l.E; e++) {
       int64_t start = start_of(l, e, 0), width = start_of(l, e, 1) - start;
       std::vector<float> in, out;
@@ -499,6 +499,7 @@ const layer layers[] = {
     {130, 64, 160, 1, 3, ONE, MS_BF16, MS_RELU, false, true},
     {130, 64, 96, 4, 64, EVEN, MS_BF16, MS_IDENTITY, true},
     {130, 64, 96, 1, 1, EVEN, MS_F16, MS_GELU, false, true},
+    {40, 64, 41, 2, 3, HOLES, MS_BF16, MS_CLAMPED_SWIGLU, true, true},
     {200, 64, 96, 2, 3, HOLES, MS_F16, MS_SILU, true, true},
     {50, 40, 48, 2, 8, NONE, MS_BF16},
     {0, 40, 48, 2, 8, EVEN, MS_BF16},
@@ -540,10 +541,12 @@ void check_all() {
       layer odd = {T, 40, 41, 2, 3, EVEN, dtype, MS_RELU, false, true};
       if (T < 100 || dtype != MS_F32) check("infinite", odd, check_infinite);
     }
-  for (ms_dtype dtype : {MS_F32, MS_BF16, MS_F16}) {
-    layer odd = {1, 37, 41, 1, 3, EVEN, dtype, MS_RELU, true, true};
-    check("experts", odd, check_experts);
-  }
+  for (ms_dtype dtype : {MS_F32, MS_BF16, MS_F16})
+    for (bool gated : {true, false}) {
+      layer odd = {1, 37, 41, 1, 3, EVEN, dtype, MS_RELU, gated, true};
+      odd.ragged = true, odd.R = 2;
+      check("experts", odd, check_experts);
+    }
   layer ranks = {40, 64, 96, 2, 8, HOLES, MS_BF16, MS_GELU, false, true, false, 3, 1};
   check("faults", ranks, check_faults_of_ranks);
   ranks.chunks = 2;

@@ -398,7 +398,7 @@ void check_fault(const char *name, int32_t E, int32_t T, Spoil spoil, bool repli
     ms_cuda_header given = f.header(l, in.tokens);
     expected = given;
     if (r == 1) spoil(in, given, expected);
-    if (replicated) expected.digest = digest_of(in);
+    if (given.replicated) expected.digest = digest_of(in);
     f.pack(l, r, in, given);
     if (r == 1) {
       f.wait();
