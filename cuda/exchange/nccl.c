@@ -108,6 +108,14 @@ static ms_status asynchronous(nccl_exchange *x, ms_error *err) {
   return give_up(x, err);
 }
 
+// A call of the CUDA runtime failed: because a collective did, if NCCL knows of one. Locked.
+static ms_status cuda_failed(nccl_exchange *x, cudaError_t error, const char *call, ms_error *err) {
+  ms_status status = asynchronous(x, err);
+  if (status != MS_OK) return status;
+  ms_cuda_status(error, call, err);
+  return give_up(x, err);
+}
+
 // ---- watching -----------------------------------------------------------------------------------
 
 // Watch what was just enqueued on `stream`. In a stream that is being captured nothing runs, so nothing is late. Locked.
@@ -119,9 +127,7 @@ static ms_status mark(nccl_exchange *x, cudaStream_t stream, ms_error *err) {
     if (x->pending < 2) x->pending++; // else the newest is recorded anew: a later end
     error = cudaEventRecord(x->event[(x->oldest + x->pending - 1) % 2], stream);
   }
-  if (error == cudaSuccess) return MS_OK;
-  ms_cuda_status(error, "cudaEventRecord", err);
-  return give_up(x, err);
+  return error == cudaSuccess ? MS_OK : cuda_failed(x, error, "cudaEventRecord", err);
 }
 
 // Locked.
@@ -136,8 +142,7 @@ static void look(nccl_exchange *x) {
   }
   if (!x->pending) return;
   if (error != cudaErrorNotReady) {
-    ms_cuda_status(error, "cudaEventQuery", &err);
-    give_up(x, &err);
+    cuda_failed(x, error, "cudaEventQuery", &err);
   } else if (now() - x->since > x->timeout) {
     ms_fail(&err, MS_ETIMEOUT,
             "rank %d of %d: a collective did not end within %g s, so a rank died, is late or "
