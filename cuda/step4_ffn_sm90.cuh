@@ -266,6 +266,11 @@ __device__ __forceinline__ uint4 ms_sm90_first(uint4 columns, int32_t count) {
   return make_uint4(kept(columns.x, 0), kept(columns.y, 2), kept(columns.z, 4), kept(columns.w, 6));
 }
 
+// The same for floats that 4 lanes of a row store 8 bytes of each: their rows' pieces are two apart.
+__device__ __forceinline__ uint32_t ms_sm90_staged_floats(uint32_t staging, int32_t row, int32_t piece) {
+  return staging + row * 128 + ((piece ^ (row % 4 * 2)) * 16);
+}
+
 // H from the sums: 64 columns at a time through the staging area, then 128 bytes of a row by 8 lanes.
 template <typename Storage, ms_activation ACTIVATION, bool GATED, int SUMS>
 __device__ __forceinline__ void ms_sm90_store_h(const ms_sm90_launch &launch, const ms_cuda_view &view,
@@ -360,7 +365,8 @@ __device__ __forceinline__ void ms_sm90_store_slots(const ms_sm90_launch &launch
     for (int g = 0; g < 4; g++)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        uint32_t piece = ms_sm90_staged(place.staging, lane / 4 + 8 * half, 2 * g + lane % 4 / 2) + lane % 2 * 8;
+        uint32_t piece =
+            ms_sm90_staged_floats(place.staging, lane / 4 + 8 * half, 2 * g + lane % 4 / 2) + lane % 2 * 8;
         *(float2 *)__cvta_shared_to_generic(piece) =
             make_float2(sum[4 * (chunk + g) + 2 * half], sum[4 * (chunk + g) + 2 * half + 1]);
       }
@@ -373,7 +379,7 @@ __device__ __forceinline__ void ms_sm90_store_slots(const ms_sm90_launch &launch
         if (c < there) b[c] = __ldg(bias + column + c);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      uint4 raw = ms_sm90_load_staged(ms_sm90_staged(place.staging, 4 * i + lane / 8, lane % 8));
+      uint4 raw = ms_sm90_load_staged(ms_sm90_staged_floats(place.staging, 4 * i + lane / 8, lane % 8));
       float w = slots.weight[i];
       float4 y = make_float4(w * (__uint_as_float(raw.x) + b[0]), w * (__uint_as_float(raw.y) + b[1]),
                              w * (__uint_as_float(raw.z) + b[2]), w * (__uint_as_float(raw.w) + b[3]));

@@ -16,8 +16,8 @@ static ms_status launch(const ms_cuda_shape *shape, const ms_combine_args &a, vo
 
 template <typename Out>
 static ms_status choose(const ms_cuda_shape *shape, const ms_combine_args &a, void *stream, ms_error *err) {
-  bool aligned = a.D % 8 == 0 && ((uintptr_t)a.from | (uintptr_t)a.to) % 16 == 0;
-  return aligned ? launch<Out, 8>(shape, a, stream, err) : launch<Out, 1>(shape, a, stream, err);
+  bool aligned = a.D % 4 == 0 && ((uintptr_t)a.from | (uintptr_t)a.to) % 16 == 0;
+  return aligned ? launch<Out, 4>(shape, a, stream, err) : launch<Out, 1>(shape, a, stream, err);
 }
 
 static ms_status choose_dtype(const ms_cuda_shape *shape, ms_dtype dtype, const ms_combine_args &a, void *stream,

@@ -7,7 +7,7 @@
 //
 // Choices without an expert count for nothing; a token without any gets zeros. fp32 sums, one addition after the other.
 // In a call that has a fault all is NaN, so that nobody goes on with what is not a result.
-// A thread takes VECTOR columns of a token: 8 where D is a multiple of 8 (16-byte loads, 16-byte stores), else 1.
+// A thread takes VECTOR columns of a token: 4 where D is a multiple of 4 (16-byte loads of whole sectors), else 1.
 // Cost: reads (K + 1) * N * D * 4 bytes at most, memory bound.
 // Slow twin: sum_choices and sum_ranks of csrc/step5_combine.c.
 //
@@ -39,15 +39,14 @@ template <> __device__ __forceinline__ float ms_rounded<float>(float x) { return
 template <> __device__ __forceinline__ __nv_bfloat16 ms_rounded<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 template <> __device__ __forceinline__ __half ms_rounded<__half>(float x) { return __float2half_rn(x); }
 
-template <int VECTOR> struct ms_columns {
+template <int VECTOR> struct __align__(4 * VECTOR) ms_columns {
   float x[VECTOR];
 };
 
 template <int VECTOR> __device__ __forceinline__ ms_columns<VECTOR> ms_columns_load(const float *from) {
   ms_columns<VECTOR> c;
-  if constexpr (VECTOR == 8) {
-    *(float4 *)&c.x[0] = *(const float4 *)from;
-    *(float4 *)&c.x[4] = *(const float4 *)(from + 4);
+  if constexpr (VECTOR == 4) {
+    *(float4 *)c.x = *(const float4 *)from;
   } else {
     c.x[0] = *from;
   }
@@ -56,10 +55,13 @@ template <int VECTOR> __device__ __forceinline__ ms_columns<VECTOR> ms_columns_l
 
 template <int VECTOR, typename Out>
 __device__ __forceinline__ void ms_columns_store(Out *to, const ms_columns<VECTOR> &c) {
-  if constexpr (VECTOR == 8) {
-    alignas(16) Out out[8];
-    for (int i = 0; i < 8; i++) out[i] = ms_rounded<Out>(c.x[i]);
-    for (int i = 0; i < (int)sizeof out / 16; i++) ((uint4 *)to)[i] = ((const uint4 *)out)[i];
+  if constexpr (VECTOR == 4) {
+    alignas(16) Out out[4];
+    for (int i = 0; i < 4; i++) out[i] = ms_rounded<Out>(c.x[i]);
+    if constexpr (sizeof out == 16)
+      *(uint4 *)to = *(const uint4 *)out;
+    else
+      *(uint2 *)to = *(const uint2 *)out;
   } else {
     *to = ms_rounded<Out>(c.x[0]);
   }

@@ -88,7 +88,7 @@ ALIGNED = [
     Case(f"aligned-{t}-{dtype}{'-gated' * gated}-top{k}", tokens=t, d_model=d, d_ff=f, experts=e, choices=k,
          dtype=dtype, gated=gated, routing="even", activation="silu" if gated else "relu", bias=True)
     for dtype, sizes in (("bfloat16", ((256, 1, 256), (192, 3, 256), (64, 4, 256))), ("float16", ((256, 1, 256),)),
-                         ("float32", ((128, 1, 64), (64, 1, 64), (32, 2, 64))))
+                         ("float32", ((128, 1, 128), (64, 1, 128), (32, 2, 128))))
     for t, e, width in sizes
     for d, f in ((width, width),)
     for gated, k in ((False, 1), (True, 2))
