@@ -284,7 +284,10 @@ static space *space_of(const layer *l, int32_t chunk) { return &l->engine->space
 
 static ms_cuda_view view_of(const layer *l, int32_t chunk) {
   const void *hidden = rows_from(l->call->hidden, chunk * l->shape.T, l->shape.D * ms_dtype_size(l->shape.dtype));
-  return ms_cuda_view_of(&l->shape, l->experts, space_of(l, chunk)->data, hidden, l->engine->device_faults);
+  ms_cuda_view view =
+      ms_cuda_view_of(&l->shape, l->experts, space_of(l, chunk)->data, hidden, l->engine->device_faults);
+  if (l->shape.K == 1 && !l->engine->exchange) view.out = l->call->out; // a slot is a token: nothing to sum
+  return view;
 }
 
 static ms_status order(cudaStream_t first, cudaEvent_t event, cudaStream_t then, ms_error *err) {

@@ -155,6 +155,7 @@ typedef struct ms_cuda_view { // one chunk in the workspace; passed by value to 
   const ms_cuda_expert *experts;
   char *h;                // [slots, ld_h] in the order of `order`, dtype
   float *slot;            // [slots, D] by slot number; K = 1: the same memory as partial
+  void *out;              // [T, D] one rank and K = 1: where down writes instead, rounded; else NULL
   // combine
   float *partial;         // [N, D]
   ms_cuda_faults *faults; // written when the headers disagree or tell of a fault; read by the host at the next call
@@ -181,9 +182,10 @@ ms_status ms_cuda_group(const ms_cuda_shape *shape, const ms_cuda_view *view, vo
 // H = act(X . w_in^T + b_in) (* gate)
 ms_status ms_cuda_ffn_up(const ms_cuda_shape *shape, const ms_cuda_view *view, ms_activation activation,
                          void *stream, ms_error *err);
-// slot[s] = weight[s] * (H . w_out^T + b_out)
+// slot[s] = weight[s] * (H . w_out^T + b_out); view->out: out[s] = that, rounded
 ms_status ms_cuda_ffn_down(const ms_cuda_shape *shape, const ms_cuda_view *view, void *stream, ms_error *err);
 // R = 1: out[t] = sum of the choices, rounded. R > 1: partial[n] = sum of the choices (0 where there are none).
+// view->out: out[t] = 0 where there is no expert, the rest is there.
 // NaN everywhere in a call that has a fault.
 ms_status ms_cuda_combine(const ms_cuda_shape *shape, const ms_cuda_view *view, int64_t tokens, void *out,
                           void *stream, ms_error *err);

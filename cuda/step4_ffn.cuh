@@ -256,7 +256,7 @@ __device__ __forceinline__ void ms_ffn_store_h(const ms_ffn_args &args, const ms
   }
 }
 
-template <int ROWS>
+template <int ROWS, typename Storage>
 __device__ __forceinline__ void ms_ffn_store_slots(const ms_ffn_args &args,
                                                    const ms_cuda_view &view,
                                                    const ms_ffn_item &item, const float *staged) {
@@ -276,7 +276,12 @@ __device__ __forceinline__ void ms_ffn_store_slots(const ms_ffn_args &args,
     ms_ffn_staged<EACH>(staged + row * tile::STAGED + column, y);
 #pragma unroll
     for (int c = 0; c < EACH; c++) y[c] = weight * (y[c] + bias[c]);
-    float *to = view.slot + (int64_t)slot * args.D + item.column + column;
+    int64_t at = (int64_t)slot * args.D + item.column + column;
+    if (view.out) {
+      ms_store_rounded4((Storage *)view.out + at, y, item.columns - column, args.D % EACH == 0 && args.out_aligned);
+      continue;
+    }
+    float *to = view.slot + at;
     if (args.D % EACH == 0) {
       ms_st128(to, ms_ffn_round(y, to));
     } else {
@@ -331,7 +336,7 @@ __global__ void __launch_bounds__(MS_FFN_THREADS, 2)
       MS_FOR_ACTIVATION(activation, GATED,
                         (ms_ffn_store_h<GATED, ROWS, Storage, ACT>(args, view, item, staged)));
     } else {
-      ms_ffn_store_slots<ROWS>(args, view, item, staged);
+      ms_ffn_store_slots<ROWS, Storage>(args, view, item, staged);
     }
 #ifndef MS_PLANT_27 // the next item's copies may come before that
     __syncthreads(); // staged has been read

@@ -53,6 +53,21 @@ template <> __device__ __forceinline__ uint32_t ms_round2<__half>(float low, flo
   return *reinterpret_cast<uint32_t *>(&pair);
 }
 
+// The rounded values of 4 columns in a row of out.
+template <typename Storage>
+__device__ __forceinline__ void ms_store_rounded4(Storage *to, const float (&y)[4], int32_t there, bool aligned) {
+  if (aligned) {
+    if constexpr (sizeof(Storage) == 4)
+      *(float4 *)to = make_float4(y[0], y[1], y[2], y[3]);
+    else
+      *(uint2 *)to = make_uint2(ms_round2<Storage>(y[0], y[1]), ms_round2<Storage>(y[2], y[3]));
+    return;
+  }
+#pragma unroll
+  for (int c = 0; c < 4; c++)
+    if (c < there) to[c] = (Storage)y[c];
+}
+
 // Run `statement` with the constant ACT = activation, the same for all threads; `gated` is a constant.
 #define MS_FOR_ACTIVATION(activation, gated, statement)                                                                       \
   switch (activation) {                                                                                                \

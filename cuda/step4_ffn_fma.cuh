@@ -158,10 +158,10 @@ __global__ void __launch_bounds__(MS_FMA_THREADS)
       } else {
         int32_t slot = view.order[at];
         float weight = ms_ffn_weight(args, view, slot);
-        float *to = view.slot + (int64_t)slot * args.D + item.column + column;
+        float *to = (view.out ? (float *)view.out : view.slot) + (int64_t)slot * args.D + item.column + column;
         float y[4];
         for (int c = 0; c < 4; c++) y[c] = weight * (sum[m][c] + b_first[c]);
-        if (args.D % 4 == 0) {
+        if (args.D % 4 == 0 && args.out_aligned) {
           if (column < item.columns) *(float4 *)to = make_float4(y[0], y[1], y[2], y[3]);
         } else {
           for (int c = 0; c < 4; c++)

@@ -98,6 +98,7 @@ struct ms_sm90_launch {
   int64_t T, K, ld_in, ld_x;
   int64_t message_bytes, weight_at, ld_h;
   int32_t D, block, blocks; // block: columns of one item (gated: half of B's rows)
+  bool aligned;             // rows of slot, or of view.out, can be written 4 columns at a time
 };
 
 // Item i, or false if it has nothing to do: a column block that its expert is too narrow for.
@@ -352,7 +353,7 @@ __device__ __forceinline__ ms_sm90_slots ms_sm90_slots_of(const ms_sm90_launch &
 }
 
 // slot from the sums: 32 columns at a time, as above.
-template <int SUMS>
+template <typename Storage, int SUMS>
 __device__ __forceinline__ void ms_sm90_store_slots(const ms_sm90_launch &launch, const ms_cuda_view &view,
                                                     const ms_sm90_head &item, const ms_sm90_place &place,
                                                     const ms_sm90_slots &slots, const float (&sum)[SUMS]) {
@@ -384,8 +385,14 @@ __device__ __forceinline__ void ms_sm90_store_slots(const ms_sm90_launch &launch
       float4 y = make_float4(w * (__uint_as_float(raw.x) + b[0]), w * (__uint_as_float(raw.y) + b[1]),
                              w * (__uint_as_float(raw.z) + b[2]), w * (__uint_as_float(raw.w) + b[3]));
       if (slots.slot[i] < 0) continue;
-      float *to = view.slot + (int64_t)slots.slot[i] * launch.D + column;
-      if (launch.D % 4 == 0) {
+      int64_t at = (int64_t)slots.slot[i] * launch.D + column;
+      if (view.out) {
+        const float rounded[4] = {y.x, y.y, y.z, y.w};
+        if (there > 0) ms_store_rounded4((Storage *)view.out + at, rounded, there, launch.aligned);
+        continue;
+      }
+      float *to = view.slot + at;
+      if (launch.aligned) {
         if (there > 0) *(float4 *)to = y;
       } else
 #pragma unroll 1
@@ -471,7 +478,7 @@ __device__ __forceinline__ void ms_sm90_multiply(const ms_sm90_launch &launch, c
     if constexpr (UP) {
       MS_FOR_ACTIVATION(activation, GATED, (ms_sm90_store_h<Storage, ACT, GATED>(launch, view, item, place, sum)));
     } else
-      ms_sm90_store_slots(launch, view, item, place, slots, sum);
+      ms_sm90_store_slots<Storage>(launch, view, item, place, slots, sum);
   }
 }
 

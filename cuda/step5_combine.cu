@@ -34,7 +34,7 @@ ms_status ms_cuda_combine(const ms_cuda_shape *shape, const ms_cuda_view *view, 
   a.message_bytes = shape->message_bytes;
   a.tile_count = view->tile_count;
   a.expert_at = shape->expert_at;
-  a.from = view->slot;
+  a.from = view->out ? (const float *)view->out : view->slot;
   a.T = shape->T;
   a.D = shape->D;
   a.K = shape->K;

@@ -4,6 +4,7 @@
 //   several        partial[n, :] = sum over j of slot[n*K + j, :], for the tokens of all ranks; K = 1: the slots are
 //                  the partial outputs, only rows without an expert are written (zeros)
 //   round          out[t, :]     = round(reduced[t, :])
+//   one rank, K = 1: down has written out; rows without an expert become zeros here
 //
 // Choices without an expert count for nothing; a token without any gets zeros. fp32 sums, one addition after the other.
 // In a call that has a fault all is NaN, so that nobody goes on with what is not a result.
@@ -67,10 +68,29 @@ __device__ __forceinline__ void ms_columns_store(Out *to, const ms_columns<VECTO
   }
 }
 
+// Zeros in the rows of `to` without an expert, a warp for each row: most have one, and cost a look.
+template <typename Out, int VECTOR> __device__ __forceinline__ void ms_combine_missing(const ms_combine_args &a) {
+  int32_t warps = gridDim.x * (MS_COMBINE_THREADS / 32), lane = threadIdx.x % 32;
+  for (int64_t n = blockIdx.x * (MS_COMBINE_THREADS / 32) + threadIdx.x / 32; n < a.rows; n += warps) {
+    int64_t r = n / a.T, t = n - r * a.T;
+    const int32_t *expert = (const int32_t *)(a.messages + r * a.message_bytes + a.expert_at) + t * a.K;
+    bool any = false;
+    for (int32_t j = 0; j < a.K; j++) any |= expert[j] >= 0;
+#ifndef MS_PLANT_14 // rows without an expert are never zeroed
+    for (int64_t d = lane * VECTOR; !any && d < a.D; d += 32 * VECTOR)
+      ms_columns_store<VECTOR>((Out *)a.to + n * a.D + d, ms_columns<VECTOR>{});
+#endif
+  }
+}
+
 template <typename Out, int VECTOR> __global__ void __launch_bounds__(MS_COMBINE_THREADS) ms_combine(ms_combine_args a) {
   int32_t pieces = (int32_t)(a.D / VECTOR); // VECTOR divides D
   int64_t step = (int64_t)gridDim.x * MS_COMBINE_THREADS;
   const bool fault = a.messages && *a.tile_count < 0;
+  if (a.only_missing && !fault) {
+    ms_combine_missing<Out, VECTOR>(a);
+    return;
+  }
   for (int64_t i = (int64_t)blockIdx.x * MS_COMBINE_THREADS + threadIdx.x; i < a.rows * pieces; i += step) {
     int64_t n = i / pieces, d = (i - n * pieces) * VECTOR;
     ms_columns<VECTOR> total = {};
@@ -84,15 +104,10 @@ template <typename Out, int VECTOR> __global__ void __launch_bounds__(MS_COMBINE
       const int32_t *expert = (const int32_t *)(a.messages + r * a.message_bytes + a.expert_at) + t * a.K;
       for (int32_t j = 0; j < a.K; j++) {
         if (expert[j] < 0) continue;
-        if (a.only_missing) {
-          any = true;
-          break;
-        }
         ms_columns<VECTOR> x = ms_columns_load<VECTOR>(a.from + (n * a.K + j) * a.D + d);
         for (int v = 0; v < VECTOR; v++) total.x[v] = any ? total.x[v] + x.x[v] : x.x[v];
         any = true;
       }
-      if (a.only_missing && any) continue;
 #ifdef MS_PLANT_14 // rows without an expert are never zeroed
       if (!any) continue;
 #endif
