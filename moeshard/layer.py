@@ -45,11 +45,11 @@ class ShardedExperts(nn.Module):
 
     Attributes:
         device: where the experts are and tokens are expected.
-        slots: (token, choice) pairs seen so far, over all ranks. On CUDA they are counted on the device: reading this or
-            ``counts`` waits for it.
+        slots: (token, choice) pairs seen so far, over all ranks. On CUDA they are counted on the device: reading this
+            or ``counts`` waits for it.
         counts: ``[E]`` int64: how many of them each expert got. The others were dropped (index -1).
-        on_step: called with the name of each step when it begins, then with ``"done"``: :func:`moeshard.profile`. Not on
-            CUDA, where the engine records.
+        on_step: called with the name of each step when it begins, then with ``"done"``: :func:`moeshard.profile`. Not
+            on CUDA, where the engine records.
     """
 
     def __init__(

@@ -309,7 +309,7 @@ def profile(model: nn.Module, *, limits: bool = True) -> Iterator[Profile]:
     tokens in ``ffn``, where they lie.
 
     On CUDA times are those of the device, read when the body has ended: the host does not wait for it meanwhile. A slow
-    host shows as time between calls, or in steps that waited for their launch. Replays of a captured graph are not seen.
+    host shows as time between calls, or in steps that waited for their launch. Replays of a captured graph do not show.
 
     Args:
         model: a sharded model, or a :class:`moeshard.ShardedExperts`.
@@ -463,12 +463,12 @@ def _measured(device: torch.device) -> Limits:
     def best(work: Callable[[], object]) -> float:
         times = []
         for _ in range(12):  # the first ones warm up
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()
             work()
             end.record()
             end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
+            times.append(float(begin.elapsed_time(end)) / 1e3)
         return min(times)
 
     size = 4096

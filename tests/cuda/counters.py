@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels' memory accesses cost beside the ideal, as ptxsim counts them, in a table that changes are reviewed in.
+"""What the kernels' memory accesses cost beside the ideal, as ptxsim counts them: a table that changes are reviewed in.
 
     python tests/cuda/counters.py FILE...            compare what PTXSIM_COUNTERS=FILE wrote with counters.json
     python tests/cuda/counters.py FILE... --write    make the table anew
 
-For each kernel, over all its launches: wavefronts of shared memory over the fewest that its bytes need (bank conflicts),
-and 32-byte sectors of global memory over the fewest (stray accesses). Meant for layers of aligned shapes
-(``layer_cases.py --aligned``). LIMITS hold for every kernel but those that EXCUSED gives a reason for, and these may not
-become worse than the table.
+For each kernel, over all its launches: wavefronts of shared memory over the fewest that its bytes need (bank
+conflicts), and 32-byte sectors of global memory over the fewest (stray accesses). Meant for layers of aligned shapes
+(``layer_cases.py --aligned``). LIMITS hold for every kernel but those that EXCUSED gives a reason for, and these may
+not become worse than the table.
 """
 
 from __future__ import annotations

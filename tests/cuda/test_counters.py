@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On aligned shapes shared memory has no bank conflicts and global memory no stray accesses: ptxsim counts (counters.py)."""
+"""On aligned shapes, no bank conflicts in shared memory and no stray accesses in global memory, as ptxsim counts."""
 
 import json
 
