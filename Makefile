@@ -139,7 +139,7 @@ test-gpu: test-gpu-engine $(if $(REAL_GPU),,test-gpu-plants) ## the CUDA engine,
 test-gpu-engine: build $(GPU)/.built $(GPU_TESTS) $(SIMULATOR)
 	@for program in $(GPU_TESTS); do echo "$$program"; \
 	  case $$program in *_sm90) sm=90;; *) sm=80;; esac; env $(RUN_GPU) PTXSIM_SM=$$sm $$program; done
-	env $(RUN_GPU) PTXSIM_SM=90 $(GPU)/test_engine infinite
+	$(if $(REAL_GPU),,env $(RUN_GPU) PTXSIM_SM=90 $(GPU)/test_engine)
 	env $(RUN_GPU) PYTHONPATH=$(GPU)/lib .venv/bin/pytest -rs tests/cuda $(PYTEST)
 test-gpu-plants: $(SIMULATOR) # bugs that the tests must find
 	tests/cuda/plants.sh

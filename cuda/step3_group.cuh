@@ -159,7 +159,7 @@ __device__ __forceinline__ int32_t ms_group_sum(Counter *counters, int32_t E, in
 }
 
 // All of a block: sums over chunks; offset and tiles_before, which the caller keeps in shared or global memory; the
-// verdict on the headers.
+// verdict on the headers. There is a barrier between the last of these sums and the return.
 template <typename Counter>
 __device__ __forceinline__ void ms_group_scan(const ms_group_args &a, Counter *counters, int32_t *offset,
                                               int32_t *tiles_before) {
@@ -218,11 +218,10 @@ __global__ void __launch_bounds__(MS_GROUP_THREADS) ms_group_small(const ms_grou
   for (int32_t i = threadIdx.x; i < a.E * a.chunks; i += MS_GROUP_THREADS) counters[i] = 0;
   __syncthreads();
   if (warp < a.chunks) ms_group_walk<false>(a, counters, offset, warp);
-  __syncthreads();
-  ms_group_scan(a, counters, offset, tiles_before);
-#ifndef MS_PLANT_12 // offsets may be read before they are written
+#ifndef MS_PLANT_12 // counters may be added up before all is counted
   __syncthreads();
 #endif
+  ms_group_scan(a, counters, offset, tiles_before);
   if (warp < a.chunks) ms_group_walk<true>(a, counters, offset, warp);
   for (int32_t i = threadIdx.x; i < tiles_before[a.E]; i += MS_GROUP_THREADS) ms_group_tile(a, offset, tiles_before, i);
   for (int32_t e = threadIdx.x; e <= a.E; e += MS_GROUP_THREADS) a.offset[e] = offset[e];

@@ -76,10 +76,11 @@ template <typename Out, int VECTOR> __device__ __forceinline__ void ms_combine_m
     const int32_t *expert = (const int32_t *)(a.messages + r * a.message_bytes + a.expert_at) + t * a.K;
     bool any = false;
     for (int32_t j = 0; j < a.K; j++) any |= expert[j] >= 0;
-#ifndef MS_PLANT_14 // rows without an expert are never zeroed
+#ifdef MS_PLANT_14 // rows without an expert are never zeroed
+    any = true;
+#endif
     for (int64_t d = lane * VECTOR; !any && d < a.D; d += 32 * VECTOR)
       ms_columns_store<VECTOR>((Out *)a.to + n * a.D + d, ms_columns<VECTOR>{});
-#endif
   }
 }
 

@@ -206,7 +206,7 @@ template <typename Storage> void make(const layer &l, operands &o) {
 struct launchers {
   decltype(&ms_cuda_ffn_up) up;
   decltype(&ms_cuda_ffn_down) down;
-  int32_t sms; // blocks to check with, 0: as many as the device has
+  int32_t sms; // multiprocessors to check with
 } ffn;
 
 void run(const layer &l, const operands &o, bool up, bool down) {
@@ -320,7 +320,7 @@ int untouched(const layer &l, const operands &o) { // slots without an expert ke
 template <typename Storage> bool check(const layer &l) {
   operands o;
   make<Storage>(l, o);
-  if (ffn.sms) o.shape.sms = ffn.sms;
+  o.shape.sms = ffn.sms;
   run(l, o, true, true);
   MUST(cudaDeviceSynchronize());
   double error = worst<Storage>(l, o, 1);

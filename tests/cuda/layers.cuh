@@ -233,7 +233,7 @@ struct batch {
     d_hidden = memory.take((int64_t)skip + tokens * l.D * ms_dtype_size(l.dtype)) + skip;
     d_index = memory.take(tokens * l.K * 8);
     d_weight = memory.take(tokens * l.K * 4);
-    d_out = memory.take(bytes());
+    d_out = memory.take((int64_t)skip + bytes()) + skip;
     upload();
   }
   int64_t bytes() const { return tokens * l.D * ms_dtype_size(l.dtype); }

@@ -2,7 +2,7 @@
 # plants.sh - gates must be able to fail: builds the engine with each planted bug (MS_PLANT_n in cuda/) and requires that a
 # test catches it on ptxsim, with every seed that is tried.
 #
-#   tests/cuda/plants.sh      needs nvcc; SIMULATOR=DIR if ptxsim is not in tests/ptxsim/build; JOBS at a time (nproc)
+#   tests/cuda/plants.sh [NUMBER...]    needs nvcc; SIMULATOR=DIR if ptxsim is not in tests/ptxsim/build; JOBS at a time
 #
 # "Plant 0" is no bug: it must pass, or what the others fail by may be something else.
 #
@@ -59,7 +59,8 @@ ls cuda/step[235]*.cu cuda/step4_ffn.cu cuda/experts_convert.cu cuda/*.c csrc/ba
   xargs -P "$jobs" -I{} bash -c 'compile {} "$(object_of {})"'
 
 # number, source, test, cases that show it soonest, seeds
-while read -r line; do [ -n "$line" ] && printf '%s\0' "$line"; done <<'LIST' |
+only=" $* "
+while read -r line; do [[ $only == "  " || $only == *" ${line%% *} "* ]] && printf '%s\0' "$line"; done <<'LIST' |
 0 cuda/step3_group.cu test_steps "" "1"
 0 cuda/engine.c test_engine R=3 "1"
 0 cuda/step4_ffn.cu test_ffn "" "1"
@@ -84,7 +85,7 @@ while read -r line; do [ -n "$line" ] && printf '%s\0' "$line"; done <<'LIST' |
 24 cuda/step4_ffn.cu test_ffn "a full tile" "1"
 25 cuda/step4_ffn.cu test_ffn "a full tile" "1"
 26 cuda/step4_ffn.cu test_ffn "a full tile" "1"
-27 cuda/step4_ffn.cu test_ffn "many steps" "1 2"
+27 cuda/step4_ffn.cu test_ffn "16 rows, many steps" "1 2"
 28 cuda/step4_ffn.cu test_ffn "fma" "1 2"
 29 cuda/step4_ffn.cu test_engine infinite "1"
 LIST

@@ -172,7 +172,7 @@ std::string check_graph(const layer &l) {
 std::string check_misaligned(const layer &l) {
   one_rank one(l);
   batch aligned(l, l.T, 1), misaligned(l, l.T, 1, 1);
-  return one.run(aligned) == one.run(misaligned) ? "" : "hidden states that are not aligned give other bits";
+  return one.run(aligned) == one.run(misaligned) ? "" : "hidden states and out that are not aligned give other bits";
 }
 
 // An infinite hidden state makes what the formula makes of it, and does not reach what no column is: here it is cut to
@@ -502,6 +502,12 @@ const layer layers[] = {
     {40, 64, 41, 2, 3, HOLES, MS_BF16, MS_CLAMPED_SWIGLU, true, true},
     {200, 64, 96, 2, 3, HOLES, MS_F16, MS_SILU, true, true},
     {50, 40, 48, 2, 8, NONE, MS_BF16},
+    // one rank, one choice: down writes out itself
+    {33, 37, 41, 1, 3, HOLES, MS_F32, MS_GELU, false, true},
+    {20, 37, 41, 1, 3, HOLES, MS_F16, MS_RELU, false, true},
+    {200, 37, 41, 1, 3, HOLES, MS_BF16, MS_RELU, false, true},
+    {150, 64, 72, 1, 1, HOLES, MS_F16, MS_SILU, true, true},
+    {50, 40, 48, 1, 8, NONE, MS_BF16},
     {0, 40, 48, 2, 8, EVEN, MS_BF16},
     {1, 96, 32, 1, 8, EVEN, MS_BF16},
     {30, 32, 64, 2, 3, EVEN, MS_F32, MS_RELU, false, true, true, 2, 1},
@@ -531,7 +537,8 @@ void check_all() {
   }
   const layer bf16 = {64, 64, 96, 2, 8, HOLES, MS_BF16, MS_GELU, false, true};
   const layer gated = {20, 32, 48, 1, 3, EVEN, MS_F32, MS_SILU, true, true};
-  for (const layer &l : {bf16, gated}) {
+  const layer tall = {200, 64, 96, 1, 3, HOLES, MS_BF16, MS_RELU, false, true};
+  for (const layer &l : {bf16, gated, tall}) {
     check("graph", l, check_graph);
     check("misaligned", l, check_misaligned);
   }

@@ -219,7 +219,7 @@ const layer TIMED[] = {
 
 int main(int argc, char **argv) {
   bool ok = true;
-  ffn = {ms_cuda_ffn_up, ms_cuda_ffn_down, 0};
+  ffn = {ms_cuda_ffn_up, ms_cuda_ffn_down, 1}; // few blocks: each goes from item to item
   if (argc == 3 && !strcmp(argv[1], "--repeat"))
     ok = repeat(atoi(argv[2]));
   else if (argc >= 2 && !strcmp(argv[1], "--time"))
