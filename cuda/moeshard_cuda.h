@@ -8,7 +8,8 @@
 //   combine    sum of the choices; reduce-scatter; rounding to out            step5_combine.cuh
 //   times      when the steps of each call began, for profiles                record.c
 //
-// A layer is 5 to 7 kernel launches and 2 collectives, whatever E and the routing are, with no host synchronisation, no allocation and no copy to the host in the steady state; it can be captured in a graph.
+// A layer is 5 to 7 kernel launches and 2 collectives, whatever E and the routing are, with no host synchronisation,
+// no allocation and no copy to the host in the steady state; it can be captured in a graph.
 // Launch shapes and memory depend on (T, K, D, F, E, R, dtype) only. Where a token goes is decided on the device.
 //
 // Plain C: this header is read by .c, .cu and .cuh files. Dims are those of csrc/moeshard.h.

@@ -99,10 +99,8 @@ PyDoc_STRVAR(
     "    CudaError, CommError: a call of the CUDA runtime or of NCCL failed.\n");
 
 static PyObject *engine_forward(PyObject *object, PyObject *args, PyObject *kwargs) {
-  static char *names[] = {"experts",       "hidden_states", "top_k_index",
-                          "top_k_weights", "out",           "capacity",
-                          "layer",         "replicated",    "tf32",
-                          NULL};
+  static char *names[] = {"experts",  "hidden_states", "top_k_index", "top_k_weights", "out",
+                          "capacity", "layer",         "replicated",  "tf32",          NULL};
   engine_object *self = as_engine(object);
   core_state *state = core_state_of(object);
   PyObject *experts = NULL, *tensors[4] = {NULL}, *room = Py_None;
@@ -184,14 +182,15 @@ static PyObject *engine_faults(PyObject *object, PyObject *unused) {
 
 // ---- times, for profiles ------------------------------------------------------------------------
 
-PyDoc_STRVAR(record_doc,
-             "start_recording($self, /)\n--\n\n"
-             "Record every call from now on: when its steps begin on the device. Captured calls are "
-             "not.\n\n"
-             "Waits for the device; times count from the moment at which this returns. Legal "
-             "twice.\n\n"
-             "Raises:\n"
-             "    CudaError: a call of the CUDA runtime failed.\n");
+PyDoc_STRVAR(
+    record_doc,
+    "start_recording($self, /)\n--\n\n"
+    "Record every call from now on: when its steps begin on the device. Captured calls are "
+    "not.\n\n"
+    "Waits for the device; times count from the moment at which this returns. Legal "
+    "twice.\n\n"
+    "Raises:\n"
+    "    CudaError: a call of the CUDA runtime failed.\n");
 
 static PyObject *engine_start_recording(PyObject *object, PyObject *unused) {
   (void)unused;
@@ -304,13 +303,14 @@ static PyObject *get_device(PyObject *self, void *closure) {
 
 // ---- the type -----------------------------------------------------------------------------------
 
-static PyMethodDef methods[] = {{"forward", (PyCFunction)(void (*)(void))engine_forward,
-                                 METH_VARARGS | METH_KEYWORDS, forward_doc},
-                                {"faults", engine_faults, METH_NOARGS, faults_doc},
-                                {"start_recording", engine_start_recording, METH_NOARGS, record_doc},
-                                {"stamp", engine_stamp, METH_O, stamp_doc},
-                                {"stop_recording", engine_stop_recording, METH_NOARGS, stop_doc},
-                                {0}};
+static PyMethodDef methods[] = {
+    {"forward", (PyCFunction)(void (*)(void))engine_forward, METH_VARARGS | METH_KEYWORDS,
+     forward_doc},
+    {"faults", engine_faults, METH_NOARGS, faults_doc},
+    {"start_recording", engine_start_recording, METH_NOARGS, record_doc},
+    {"stamp", engine_stamp, METH_O, stamp_doc},
+    {"stop_recording", engine_stop_recording, METH_NOARGS, stop_doc},
+    {0}};
 
 static PyGetSetDef getset[] = {
     {"device", get_device, NULL, "The number of the CUDA device it computes on.", NULL}, {0}};
