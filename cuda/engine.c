@@ -201,8 +201,8 @@ static void describe(const ms_cuda_header *h, char *text, size_t bytes) {
     snprintf(text, bytes, "top_k_weights[%lld, %lld]: expected a finite number", t, j);
 }
 
-// What the device found so far; forgotten by telling it. All chunks of a call may have the same fault: the first is told.
-// (A graph has the number of its call whenever it is replayed, so an earlier number is no reason to say nothing.)
+// What the device found so far; forgotten by telling it. All chunks of a call may have the same fault: the first is
+// told. (A graph has the number of its call whenever it is replayed, so an earlier number is no reason to say nothing.)
 static ms_status tell_faults(ms_cuda_engine *g, ms_error *err) {
   if (!__atomic_load_n(&g->faults->found, __ATOMIC_ACQUIRE)) return MS_OK;
   int32_t R = ranks_of(g);
@@ -400,7 +400,9 @@ static ms_status forward(ms_cuda_engine *g, const ms_cuda_experts *experts, cons
       .D = spec->D,
       .F = experts->max_width,
       .dtype = call->dtype,
-      .math = call->dtype == MS_F32 ? (call->tf32 ? MS_CUDA_TF32 : MS_CUDA_FMA) : g->wgmma ? MS_CUDA_WGMMA : MS_CUDA_MMA,
+      .math = call->dtype == MS_F32 ? (call->tf32 ? MS_CUDA_TF32 : MS_CUDA_FMA)
+              : g->wgmma            ? MS_CUDA_WGMMA
+                                    : MS_CUDA_MMA,
       .gated = spec->gated,
       .replicated = g->exchange && call->replicated,
       .sms = g->sms,

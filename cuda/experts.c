@@ -70,7 +70,8 @@ static ms_status check_spec(const ms_experts_spec *spec, ms_error *err) {
 static ms_status fill(ms_cuda_experts *x, ms_error *err) {
   int64_t bytes = 0, table_bytes = x->spec.E * (int64_t)sizeof *x->table;
   for (int32_t e = 0; e < x->spec.E; e++) place_expert(x, e, &bytes);
-  int64_t table_at = place(&bytes, table_bytes), seen_at = place(&bytes, (x->spec.E + (int64_t)1) * (int64_t)sizeof *x->seen);
+  int64_t table_at = place(&bytes, table_bytes),
+          seen_at = place(&bytes, (x->spec.E + (int64_t)1) * (int64_t)sizeof *x->seen);
   MS_CUDA(cudaMalloc(&x->data, (size_t)bytes), err);
   x->bytes = bytes;
   MS_CUDA(cudaMemset(x->data, 0, (size_t)bytes), err);

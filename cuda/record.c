@@ -125,7 +125,8 @@ ms_status ms_cuda_recorder_begin(ms_cuda_recorder *r, const ms_cuda_experts *exp
                                  cudaStream_t stream, ms_error *err) {
   MS_TRY(grow(r, err));
   record *now = &r->records[r->count];
-  *now = (record){.layer = call->layer, .tokens = call->tokens, .K = call->K, .E = experts->spec.E, .dtype = call->dtype};
+  *now =
+      (record){.layer = call->layer, .tokens = call->tokens, .K = call->K, .E = experts->spec.E, .dtype = call->dtype};
   now->marks = calloc((size_t)r->most_marks, sizeof *now->marks);
   if (!now->marks) return ms_fail(err, MS_ENOMEM, "no memory to record a call");
   r->count++;
@@ -149,7 +150,8 @@ ms_status ms_cuda_recorder_mark(ms_cuda_recorder *r, ms_cuda_step step, cudaStre
   return MS_OK;
 }
 
-ms_status ms_cuda_recorder_end(ms_cuda_recorder *r, const ms_cuda_experts *experts, cudaStream_t stream, ms_error *err) {
+ms_status ms_cuda_recorder_end(ms_cuda_recorder *r, const ms_cuda_experts *experts, cudaStream_t stream,
+                               ms_error *err) {
   MS_TRY(ms_cuda_recorder_mark(r, MS_CUDA_STEPS, stream, err));
   MS_TRY(copy_seen(experts, last(r)->after, stream, err));
   r->open = false;

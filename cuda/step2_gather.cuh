@@ -2,17 +2,17 @@
 //
 //   message   [ms_cuda_header][expert int32 T*K][weight float T*K][hidden T * ld_x], sections at multiples of 256 bytes
 //
-// Replicated tokens: only the header travels; it holds a digest of the routing, by which ranks find out that their tokens
-// are not the same. It is a sum over the slots, so that it does not matter who adds first.
+// Replicated tokens: only the header travels; it holds a digest of the routing, by which ranks find out that their
+// tokens are not the same. It is a sum over the slots, so that it does not matter who adds first.
 //
 // Rows that this rank does not have (from `tokens` to T) get expert -1, weight 0 and no hidden state: nobody reads it.
 // What the router did wrong is not raised here but written to the header, so that all ranks learn of it and none
 // computes: the smallest (kind, slot), which is what csrc/step1_route.c raises.
 //
-// One launch, 256 threads a block: blocks [0, route_blocks) check and convert the routing, a slot for each thread (8 for
-// each took twice as long on an H200: latencies), more for batches over 65536 slots; the last of them to finish writes
-// the header. The others copy hidden states, 16 bytes a thread and step, rows of D to rows of ld_x (single elements
-// where rows are not a whole number of 16 bytes).
+// One launch, 256 threads a block: blocks [0, route_blocks) check and convert the routing, a slot for each thread (8
+// for each took twice as long on an H200: latencies), more for batches over 65536 slots; the last of them to finish
+// writes the header. The others copy hidden states, 16 bytes a thread and step, rows of D to rows of ld_x (single
+// elements where rows are not a whole number of 16 bytes).
 // Cost: reads and writes T * (D * size + K * 12) bytes: memory bound.
 // Slow twin: csrc/step1_route.c.
 //
@@ -145,7 +145,8 @@ __device__ __forceinline__ void ms_gather_route(const ms_gather_args &a) {
 template <typename Piece> __device__ __forceinline__ void ms_gather_copy(const ms_gather_args &a) {
   const Piece *from = (const Piece *)a.hidden;
   Piece *to = (Piece *)(a.message + a.hidden_at);
-  int32_t row = (int32_t)(a.D * a.size / (int64_t)sizeof(Piece)), ld = (int32_t)(a.ld_x * a.size / (int64_t)sizeof(Piece));
+  int32_t row = (int32_t)(a.D * a.size / (int64_t)sizeof(Piece)),
+          ld = (int32_t)(a.ld_x * a.size / (int64_t)sizeof(Piece));
   int64_t step = (int64_t)(gridDim.x - a.route_blocks) * MS_GATHER_THREADS;
   int64_t i = (int64_t)(blockIdx.x - a.route_blocks) * MS_GATHER_THREADS + threadIdx.x;
   for (; i < a.tokens * ld; i += step) {

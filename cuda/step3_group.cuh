@@ -18,8 +18,8 @@
 // counted in `seen`, expert by expert: integers, so it does not matter who adds first.
 //
 // Cost: reads slots * 10 bytes, writes slots * 6 (one block: 8 and 4); counters 12 * E * chunks. Latency bound: one
-// block some thousand cycles; else about 100 cycles for each warp of a chunk, and a scan of 16 bytes * E * chunks by one
-// multiprocessor.
+// block some thousand cycles; else about 100 cycles for each warp of a chunk, and a scan of 16 bytes * E * chunks by
+// one multiprocessor.
 // Slow twins: ms_reference_group, ms_header_check.
 //
 // SPDX-License-Identifier: Apache-2.0
@@ -193,8 +193,8 @@ __device__ __forceinline__ void ms_group_scan(const ms_group_args &a, Counter *c
 }
 
 // Tile i is of the last expert that has no more than i tiles before it: experts without tiles are passed over.
-__device__ __forceinline__ void ms_group_tile(const ms_group_args &a, const int32_t *offset, const int32_t *tiles_before,
-                                              int32_t i) {
+__device__ __forceinline__ void ms_group_tile(const ms_group_args &a, const int32_t *offset,
+                                              const int32_t *tiles_before, int32_t i) {
   int32_t e = 0, end = a.E;
   while (end - e > 1) {
     int32_t middle = e + (end - e) / 2;

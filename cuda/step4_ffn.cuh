@@ -12,12 +12,12 @@
 // conflicts. Gated: B interleaves 8 gate rows and 8 up rows, so that both sums of a column meet in one thread.
 //
 //            BM x BN    warp tile  warps  BK bytes  stages  shared     for
-//   rows 16   16 x 64    16 x 16   1 x 4    256       4      80 KiB    streaming weights: 64 KiB of them in flight a block
+//   rows 16   16 x 64    16 x 16   1 x 4    256       4      80 KiB    streaming weights: 64 KiB in flight a block
 //   rows 64   64 x 128   64 x 32   1 x 4    128       4      96 KiB    between
 //   rows 128  128 x 128  64 x 64   2 x 2    128       3      96 KiB    tensor cores: 4096 MACs for 4 + 4 ldmatrix
 //
-// Two blocks a multiprocessor. A thread copies pieces thread % (BK / 16) of rows thread / (BK / 16), + 128 / (BK / 16) ...
-// Epilogue: sums go through the stages' memory, so that stores are 16 bytes of consecutive columns.
+// Two blocks a multiprocessor. A thread copies pieces thread % (BK / 16) of every (128 / (BK / 16))th row, from
+// thread / (BK / 16) on. Epilogue: sums go through the stages' memory, so that stores are 16 bytes of consecutive columns.
 // Bound: rows 128, bf16: 32 mma (m16n8k16) for 8 ldmatrix.x4 a warp and 32 bytes of K: tensor pipe.
 // Slow twin: ms_reference_layer.
 //

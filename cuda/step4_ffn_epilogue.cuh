@@ -4,9 +4,9 @@
 //   down   y = weight * (s + b)
 //
 // The activation is a template parameter: MS_FOR_ACTIVATION picks it once per tile, outside the loops over the
-// fragment. Columns of H that no weight has, up to the next 16 bytes, are set to zero: their sums are 0 * x, which is NaN
-// for an infinite x. NaN stays NaN. Divisions and exponentials are the fast ones (2 ulp and about 1e-7 * |x| relative):
-// below the rounding of every storage type.
+// fragment. Columns of H that no weight has, up to the next 16 bytes, are set to zero: their sums are 0 * x, which is
+// NaN for an infinite x. NaN stays NaN. Divisions and exponentials are the fast ones (2 ulp and about 1e-7 * |x|
+// relative): below the rounding of every storage type.
 // Reference: activate() in csrc/reference.c.
 //
 // SPDX-License-Identifier: Apache-2.0
@@ -69,7 +69,7 @@ __device__ __forceinline__ void ms_store_rounded4(Storage *to, const float (&y)[
 }
 
 // Run `statement` with the constant ACT = activation, the same for all threads; `gated` is a constant.
-#define MS_FOR_ACTIVATION(activation, gated, statement)                                                                       \
+#define MS_FOR_ACTIVATION(activation, gated, statement)                                                                \
   switch (activation) {                                                                                                \
   case MS_RELU: {                                                                                                      \
     constexpr ms_activation ACT = MS_RELU;                                                                             \

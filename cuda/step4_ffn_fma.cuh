@@ -1,11 +1,11 @@
-// step4_ffn_fma.cuh - the two matrix products of ffn in strict float32: fused multiply-adds, one chain a sum, K in order.
+// step4_ffn_fma.cuh - the two matrix products of ffn in strict float32: fused multiply-adds, a chain a sum, K in order.
 //
 //   as step4_ffn.cuh; operands, zero filling and items are the same
 //
 // A block: 256 threads, ROWS x 64 sums, 16 numbers of K a step. A stage holds A and B transposed, [16][ROWS + 4] and
-// [16][64 + 4], row r of number k at r ^ (k & 8): a thread reads 4 neighbouring rows, or columns, at a time, and a warp that
-// stores 4 numbers each of 8 rows meets no bank twice. Two stages: the next step's numbers are loaded to registers before
-// the products of this one, and stored after them.
+// [16][64 + 4], row r of number k at r ^ (k & 8): a thread reads 4 neighbouring rows, or columns, at a time, and a warp
+// that stores 4 numbers each of 8 rows meets no bank twice. Two stages: the next step's numbers are loaded to registers
+// before the products of this one, and stored after them.
 //
 //   ROWS 16: 1 row x 4 columns a thread    64: 4 x 4    128: 8 x 4
 //

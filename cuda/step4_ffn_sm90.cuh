@@ -401,8 +401,8 @@ __device__ __forceinline__ void ms_sm90_store_slots(const ms_sm90_launch &launch
   }
 }
 
-// The head beside a stage, for all lanes of a warp. The lane that gives the stage back reads it, and tells the others: so
-// the read comes before the arrival in that lane's own program, without a __syncwarp between.
+// The head beside a stage, for all lanes of a warp. The lane that gives the stage back reads it, and tells the others:
+// so the read comes before the arrival in that lane's own program, without a __syncwarp between.
 __device__ __forceinline__ ms_sm90_head ms_sm90_head_of(uint32_t shared) {
   uint4 words[2] = {};
   if (threadIdx.x % 32 == 0) {

@@ -10,7 +10,8 @@ static ms_status launch(const ms_cuda_shape *shape, const ms_combine_args &a, vo
   int64_t threads = a.rows * (a.D / VECTOR), blocks = (threads + MS_COMBINE_THREADS - 1) / MS_COMBINE_THREADS;
   int64_t most = (int64_t)BLOCKS_PER_SM * shape->sms;
   if (blocks == 0) return MS_OK;
-  ms_combine<Out, VECTOR><<<(unsigned)(blocks < most ? blocks : most), MS_COMBINE_THREADS, 0, (cudaStream_t)stream>>>(a);
+  ms_combine<Out, VECTOR>
+      <<<(unsigned)(blocks < most ? blocks : most), MS_COMBINE_THREADS, 0, (cudaStream_t)stream>>>(a);
   return ms_cuda_status(cudaGetLastError(), "combine", err);
 }
 

@@ -37,7 +37,9 @@ typedef struct ms_combine_args {
 
 template <typename Out> __device__ __forceinline__ Out ms_rounded(float x);
 template <> __device__ __forceinline__ float ms_rounded<float>(float x) { return x; }
-template <> __device__ __forceinline__ __nv_bfloat16 ms_rounded<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+template <> __device__ __forceinline__ __nv_bfloat16 ms_rounded<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
 template <> __device__ __forceinline__ __half ms_rounded<__half>(float x) { return __float2half_rn(x); }
 
 template <int VECTOR> struct __align__(4 * VECTOR) ms_columns {
@@ -84,7 +86,8 @@ template <typename Out, int VECTOR> __device__ __forceinline__ void ms_combine_m
   }
 }
 
-template <typename Out, int VECTOR> __global__ void __launch_bounds__(MS_COMBINE_THREADS) ms_combine(ms_combine_args a) {
+template <typename Out, int VECTOR>
+__global__ void __launch_bounds__(MS_COMBINE_THREADS) ms_combine(ms_combine_args a) {
   int32_t pieces = (int32_t)(a.D / VECTOR); // VECTOR divides D
   int64_t step = (int64_t)gridDim.x * MS_COMBINE_THREADS;
   const bool fault = a.messages && *a.tile_count < 0;

@@ -118,7 +118,8 @@ static ms_status cuda_failed(nccl_exchange *x, cudaError_t error, const char *ca
 
 // ---- watching -----------------------------------------------------------------------------------
 
-// Watch what was just enqueued on `stream`. In a stream that is being captured nothing runs, so nothing is late. Locked.
+// Watch what was just enqueued on `stream`. In a stream that is being captured nothing runs, so nothing is late.
+// Locked.
 static ms_status mark(nccl_exchange *x, cudaStream_t stream, ms_error *err) {
   enum cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
   cudaError_t error = cudaStreamIsCapturing(stream, &capturing);

@@ -1,5 +1,5 @@
-// counted_calls.c - these functions stand in front of the CUDA runtime's under the same names, so that whatever the engine
-// calls passes through them. (A .cu file cannot define them: some exist on the device too.)
+// counted_calls.c - these functions stand in front of the CUDA runtime's under the same names, so that whatever the
+// engine calls passes through them. (A .cu file cannot define them: some exist on the device too.)
 // SPDX-License-Identifier: Apache-2.0
 #define _GNU_SOURCE // RTLD_NEXT
 #include "counted_calls.h"

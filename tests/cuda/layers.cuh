@@ -1,6 +1,6 @@
-// layers.cuh - whole layers on the device, for test_engine.cu and test_counts.cu: weights and batches that are hashes of
-// their position, packed experts, and several ranks as threads on one device, with an exchange of events and copies in
-// place of NCCL.
+// layers.cuh - whole layers on the device, for test_engine.cu and test_counts.cu: weights and batches that are hashes
+// of their position, packed experts, and several ranks as threads on one device, with an exchange of events and copies
+// in place of NCCL.
 //
 // SPDX-License-Identifier: Apache-2.0
 #ifndef MS_TESTS_LAYERS_CUH
@@ -49,7 +49,9 @@ __host__ __device__ inline uint32_t hash(uint64_t seed, uint64_t i) {
   return (uint32_t)(x >> 32);
 }
 // In -1..1, a multiple of 1/64: exact in all three dtypes.
-__host__ __device__ inline float element(uint64_t seed, uint64_t i) { return (float)((int)(hash(seed, i) % 129) - 64) / 64.f; }
+__host__ __device__ inline float element(uint64_t seed, uint64_t i) {
+  return (float)((int)(hash(seed, i) % 129) - 64) / 64.f;
+}
 
 std::vector<float> elements(uint64_t seed, int64_t count, float scale = 1) {
   std::vector<float> x((size_t)count);

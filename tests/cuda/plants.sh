@@ -1,6 +1,6 @@
 #!/bin/bash
-# plants.sh - gates must be able to fail: builds the engine with each planted bug (MS_PLANT_n in cuda/) and requires that a
-# test catches it on ptxsim, with every seed that is tried.
+# plants.sh - gates must be able to fail: builds the engine with each planted bug (MS_PLANT_n in cuda/) and requires
+# that a test catches it on ptxsim, with every seed that is tried.
 #
 #   tests/cuda/plants.sh [NUMBER...]    needs nvcc; SIMULATOR=DIR if ptxsim is not in tests/ptxsim/build; JOBS at a time
 #

@@ -1,5 +1,5 @@
-// test_counts.cu - what a layer asks of the CUDA runtime: launches and collectives a chunk, whatever the number of experts
-// and the routing are, and nothing else in the steady state; on ptxsim or on a GPU, alike.
+// test_counts.cu - what a layer asks of the CUDA runtime: launches and collectives a chunk, whatever the number of
+// experts and the routing are, and nothing else in the steady state; on ptxsim or on a GPU, alike.
 //
 //   built as test_engine.cu, with counted_calls.c and -ldl
 //   test_counts               every case, each line ok or FAIL, then what was counted
@@ -39,7 +39,8 @@ ms_status counted_reduce(ms_cuda_exchange *x, float *sums, int64_t count, void *
 ms_cuda_experts *empty_experts(const layer &l, int32_t rank) { // zeros: only what is called matters here
   ms_error err = {};
   std::vector<int64_t> columns;
-  for (int32_t e = 0; e < l.E; e++) columns.push_back(start_of(l, e, rank)), columns.push_back(start_of(l, e, rank + 1));
+  for (int32_t e = 0; e < l.E; e++)
+    columns.push_back(start_of(l, e, rank)), columns.push_back(start_of(l, e, rank + 1));
   ms_experts_spec spec = {};
   spec.E = l.E, spec.D = l.D, spec.F = l.F, spec.storage = l.dtype, spec.activation = l.activation;
   spec.columns = columns.data();
@@ -48,7 +49,8 @@ ms_cuda_experts *empty_experts(const layer &l, int32_t rank) { // zeros: only wh
   return experts;
 }
 
-// What one call of each routing asks for, on each rank; the first call of the shape, which may allocate, is not counted.
+// What one call of each routing asks for, on each rank; the first call of the shape, which may allocate, is not
+// counted.
 std::vector<tally> tallies(const layer &l, const std::vector<routing> &routes) {
   ranks_of_test ranks(l.R);
   std::vector<tally> found((size_t)l.R * routes.size());

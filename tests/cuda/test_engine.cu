@@ -322,7 +322,8 @@ std::string check_faults_of_ranks(const layer &l) {
     if (status[(size_t)r] != (r == 1 ? MS_ERANGE : MS_EPEER)) return "the wrong status";
     if (said[(size_t)r] != (r == 1 ? "" : "rank 1: ") + std::string(text)) return said[(size_t)r];
     if (!again[(size_t)r].empty()) return "after a fault: " + again[(size_t)r];
-    if (!strstr(disagreement[(size_t)r].c_str(), "the layer is 3 on ")) return "layers that differ: " + disagreement[(size_t)r];
+    if (!strstr(disagreement[(size_t)r].c_str(), "the layer is 3 on "))
+      return "layers that differ: " + disagreement[(size_t)r];
     if (disagreement[(size_t)r] != disagreement[0]) return "ranks were told different things";
   }
   return "";
@@ -452,7 +453,8 @@ void time_layers() {
         ms_cuda_header header = {};
         header.T = tokens, header.D = 768, header.K = K, header.E = E, header.dtype = MS_BF16;
         double gather = microseconds(stream, [&] {
-          MUST_OK(ms_cuda_gather_pack(&s, &v, &header, b.d_hidden, b.d_index, MS_I64, b.d_weight, MS_F32, stream, &err));
+          MUST_OK(
+              ms_cuda_gather_pack(&s, &v, &header, b.d_hidden, b.d_index, MS_I64, b.d_weight, MS_F32, stream, &err));
         });
         double group = microseconds(stream, [&] { MUST_OK(ms_cuda_group(&s, &v, stream, &err)); });
         double up = microseconds(stream, [&] { MUST_OK(ms_cuda_ffn_up(&s, &v, MS_RELU, stream, &err)); });

@@ -245,9 +245,9 @@ void report(const std::string &name, const std::string &wrong) {
 }
 
 bool same(const ms_cuda_header &a, const ms_cuda_header &b) { // but for the padding
-  return a.call == b.call && a.digest == b.digest && a.layer == b.layer && a.T == b.T && a.first == b.first && a.D == b.D && a.K == b.K && a.E == b.E &&
-         a.dtype == b.dtype && a.replicated == b.replicated && a.fault == b.fault && a.fault_index == b.fault_index &&
-         a.fault_at == b.fault_at;
+  return a.call == b.call && a.digest == b.digest && a.layer == b.layer && a.T == b.T && a.first == b.first &&
+         a.D == b.D && a.K == b.K && a.E == b.E && a.dtype == b.dtype && a.replicated == b.replicated &&
+         a.fault == b.fault && a.fault_index == b.fault_index && a.fault_at == b.fault_at;
 }
 
 template <typename T>
@@ -460,15 +460,18 @@ void check_faults() {
       check_fault("an index of -2", E, T, bad_index(-2, -2));
       check_fault("an index that int32 cannot hold", E, T, bad_index(int64_t(1) << 32, INT32_MAX));
       for (float x : {(float)NAN, (float)INFINITY, -(float)INFINITY})
-        check_fault("a weight that is not finite", E, T, [=](rank_input &in, ms_cuda_header &, ms_cuda_header &expected) {
-          in.index[9] = in.index[60] = 2;
-          set_weight(in, 9, x);
-          set_weight(in, 60, x);
-          expected.fault = MS_CUDA_BAD_WEIGHT, expected.fault_at = 9, expected.fault_index = 2;
-        });
+        check_fault("a weight that is not finite", E, T,
+                    [=](rank_input &in, ms_cuda_header &, ms_cuda_header &expected) {
+                      in.index[9] = in.index[60] = 2;
+                      set_weight(in, 9, x);
+                      set_weight(in, 60, x);
+                      expected.fault = MS_CUDA_BAD_WEIGHT, expected.fault_at = 9, expected.fault_index = 2;
+                    });
       check_fault("another call", E, T, [](rank_input &, ms_cuda_header &h, ms_cuda_header &x) { x.call = ++h.call; });
-      check_fault("another layer", E, T, [](rank_input &, ms_cuda_header &h, ms_cuda_header &x) { x.layer = ++h.layer; });
-      check_fault("another dtype", E, T, [](rank_input &, ms_cuda_header &h, ms_cuda_header &x) { x.dtype = ++h.dtype; });
+      check_fault("another layer", E, T,
+                  [](rank_input &, ms_cuda_header &h, ms_cuda_header &x) { x.layer = ++h.layer; });
+      check_fault("another dtype", E, T,
+                  [](rank_input &, ms_cuda_header &h, ms_cuda_header &x) { x.dtype = ++h.dtype; });
       check_fault("another D", E, T, [](rank_input &, ms_cuda_header &h, ms_cuda_header &x) { x.D = ++h.D; });
       check_fault("another E", E, T, [](rank_input &, ms_cuda_header &h, ms_cuda_header &x) { x.E = ++h.E; });
       check_fault("another K", E, T, [](rank_input &, ms_cuda_header &h, ms_cuda_header &x) { x.K = ++h.K; });
@@ -571,12 +574,14 @@ void time_steps() {
           f.pack(l, 0, in, f.header(l, l.T));
           f.wait();
           ms_cuda_header header = f.header(l, l.T);
-          char *hidden = f.memory.copy(in.hidden), *index = f.memory.copy(in.index), *weight = f.memory.copy(in.weights);
+          char *hidden = f.memory.copy(in.hidden), *index = f.memory.copy(in.index),
+               *weight = f.memory.copy(in.weights);
           char *out = f.memory.take(2 * (int64_t)in.hidden.size());
           MUST(cudaDeviceSynchronize());
           us[in_place ? 0 : 1] = microseconds(f.stream, [&] {
             ms_error err = {};
-            MUST_OK(ms_cuda_gather_pack(&f.shape, &f.view, &header, hidden, index, MS_I64, weight, MS_F32, f.stream, &err));
+            MUST_OK(
+                ms_cuda_gather_pack(&f.shape, &f.view, &header, hidden, index, MS_I64, weight, MS_F32, f.stream, &err));
           });
           if (!in_place) continue;
           us[2] = microseconds(f.stream, [&] { f.group(); });
