@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small seeded models of every family, and what each should compute."""
 
-import contextlib
 import functools
 
 import torch
@@ -16,18 +15,15 @@ NEW = int(transformers.__version__.split(".")[0]) >= 5
 def _build(cls, config, seed=0):
     """In eval mode, with weights as large as a trained model's, so that routers decide and clamps are reached."""
     torch.manual_seed(seed)
-    with _quiet():
-        model = cls(config)
+    transformers.logging.set_verbosity_error()
+    model = cls(config)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the default one wants sizes that are multiples of four
     for name, parameter in model.named_parameters():
         if "norm" not in name.lower():
             deviation = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.5
             nn.init.normal_(parameter, std=deviation * (2 if "gate_up" in name else 1))
     return model.eval()
-
-
-def _quiet():
-    transformers.logging.set_verbosity_error()
-    return contextlib.nullcontext()
 
 
 def privacy_filter(**changes):
@@ -84,9 +80,9 @@ def nllb(**changes):
 def _right_nllb_experts(experts, hidden, first_mask, gates):
     """What transformers 4.57 computes; 5.23 takes the mask for expert numbers."""
     out = torch.zeros_like(hidden)
-    for number, expert in enumerate(experts.values()):
+    for number in range(experts.num_experts):
         (token,) = gates[:, number].nonzero(as_tuple=True)
-        hidden_columns = expert(hidden[token]) * (1 - experts.moe_token_dropout)
+        hidden_columns = experts[f"expert_{number}"](hidden[token]) * (1 - experts.moe_token_dropout)
         out.index_add_(0, token, (hidden_columns * gates[token, number, None]).to(out.dtype))
     return out
 

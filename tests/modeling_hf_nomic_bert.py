@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """An encoder with the module tree and parameter names of nomic-embed-text-v2-moe, whose code is only on the hub.
 
-Named like that file, because moeshard finds its classes by file and class name. Attention is left out: it has no part in
-the MoE layer.
+Named like that file, because moeshard finds its classes by file and class name. Attention is left out: it has no part
+in the MoE layer.
 """
 
 import torch

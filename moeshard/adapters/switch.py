@@ -21,7 +21,6 @@ from ..experts import ExpertWeights
 from ..layer import ShardedExperts
 from . import Capacity, Family, activation_of, refuse_training
 
-
 FAMILY = Family(
     name="Switch Transformers (google/switch-base-8 ... switch-c-2048)",
     replaces="`SwitchTransformersSparseMLP`",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of model families in docs/models.md: ``python -m moeshard.adapters.table docs/models.md`` writes it there."""
+"""The table of model families in docs/models.md; ``python -m moeshard.adapters.table docs/models.md`` writes it."""
 
 import re
 import sys
@@ -28,7 +28,9 @@ def markdown() -> str:
 def main(path: Path) -> None:
     """Put the table between its marks in a page."""
     page = path.read_text()
-    path.write_text(re.sub(r"(<!-- families -->\n).*?(\n<!-- end -->)", lambda m: m[1] + markdown() + m[2], page, flags=re.S))
+    path.write_text(
+        re.sub(r"(<!-- families -->\n).*?(\n<!-- end -->)", lambda m: m[1] + markdown() + m[2], page, flags=re.S)
+    )
 
 
 if __name__ == "__main__":
