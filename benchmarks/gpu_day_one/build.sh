@@ -14,7 +14,7 @@ dir=$1
 mkdir -p "$dir/objects" "$dir/lib"
 dir=$(cd "$dir" && pwd)
 sm90="-gencode arch=compute_90a,code=sm_90a -gencode arch=compute_90a,code=compute_90a"
-cuda="-std=c++17 -O3 -cudart shared -lineinfo -DMS_CUDA_SM90 $sm90
+cuda="-std=c++17 -O3 -cudart shared -lineinfo --compress-mode=size -DMS_CUDA_SM90 $sm90
       -Xcompiler -Wall,-Wextra,-fPIC,-fno-exceptions,-fno-rtti,-fno-threadsafe-statics"
 jobs=$(nproc)
 failed=()
