@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from . import _core
@@ -41,15 +42,17 @@ class ShardedExperts(nn.Module):
 
     Raises:
         ShapeError: the plan has another number of ranks than the group.
-        ArgumentError: packed columns that are not those of the plan; on CUDA, ``replicated`` or a plan with copies.
+        ArgumentError: packed columns that are not those of the plan; on CUDA, a plan with copies.
         CommError: on CUDA, for the group's first layer: the ranks could not meet through NCCL.
 
     Attributes:
         layout: the plan made ready for this rank: which slots it computes.
         device: where the experts are and tokens are expected.
-        slots: (token, choice) pairs seen so far, over all ranks. Not counted on CUDA, nor are
+        slots: (token, choice) pairs seen so far, over all ranks. On CUDA they are counted on the device: reading this
+            or ``counts`` waits for it.
         counts: ``[E]`` int64: how many of them each expert got. The others were dropped (index -1).
-        on_step: called with the name of each step when it begins, then with ``"done"``: :func:`moeshard.profile`.
+        on_step: called with the name of each step when it begins, then with ``"done"``: :func:`moeshard.profile`. Not
+            on CUDA, where the engine records.
     """
 
     def __init__(
@@ -63,13 +66,11 @@ class ShardedExperts(nn.Module):
         self.group = group
         self.layer = layer
         self.replicated = replicated
-        self.slots = 0
-        self.counts = np.zeros(packed.num_experts, np.int64)
+        self._slots = 0
+        self._counts = np.zeros(packed.num_experts, np.int64)
         self.on_step: Callable[[str], object] = unobserved
         self.device = torch.device("cpu")
         if not isinstance(packed, _core.PackedExperts):
-            if replicated and group.size > 1:
-                raise _core.ArgumentError("tokens: 'replicated' is not there yet on CUDA, expected 'local'")
             check_copies(plan, "cuda")
             self.device = torch.device("cuda", group.engine(packed.device).device)
 
@@ -167,6 +168,16 @@ class ShardedExperts(nn.Module):
             out = self._on_cuda(packed, *inputs)
         return out.view(hidden_states.shape)
 
+    @property
+    def slots(self) -> int:
+        """(token, choice) pairs seen so far, over all ranks."""
+        return self._slots if isinstance(self.packed, _core.PackedExperts) else int(self.packed.seen()[-1])
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """``[E]``: how many of them each expert got."""
+        return self._counts if isinstance(self.packed, _core.PackedExperts) else self.packed.seen()[:-1]
+
     def _on_cuda(self, packed: _cuda.PackedExperts, *inputs: torch.Tensor) -> torch.Tensor:
         """The five steps, enqueued at once."""
         engine = self.group.engine(packed.device)
@@ -174,7 +185,7 @@ class ShardedExperts(nn.Module):
             with engine.checking():
                 hidden, index, weights = self._rows(*inputs)
                 out = torch.empty_like(hidden)
-            engine.forward(packed, hidden, index, weights, out, layer=self.layer)
+            engine.forward(packed, hidden, index, weights, out, layer=self.layer, replicated=self.replicated)
         return out
 
     def _on_cpu(self, packed: _core.PackedExperts, *inputs: torch.Tensor) -> torch.Tensor:
@@ -196,8 +207,8 @@ class ShardedExperts(nn.Module):
             with group.refusing():
                 step("group")
                 batch.group()
-                self.slots += int(batch.tokens_per_rank.sum()) * index.shape[1]
-                self.counts += batch.counts()
+                self._slots += int(batch.tokens_per_rank.sum()) * index.shape[1]
+                self._counts += batch.counts()
                 step("ffn")
                 batch.ffn(packed)
             step("combine")
@@ -235,8 +246,10 @@ class ShardedExperts(nn.Module):
 
     def reset_counts(self) -> None:
         """Forget the tokens seen so far."""
-        self.slots = 0
-        self.counts[:] = 0
+        self._slots = 0
+        self._counts[:] = 0
+        if not isinstance(self.packed, _core.PackedExperts):
+            self.packed.seen(forget=True)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
