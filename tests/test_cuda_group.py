@@ -190,13 +190,14 @@ class PackedExperts:
 
     num_experts, d_model, d_ff, dtype, activation, gated, nbytes = 8, 4, 2, "float32", "relu", False, 0
 
-    def __init__(self, device):
-        self.device = device
+    def __init__(self, device, columns):
+        self.device, self.columns = device, columns
 
 
 def layer_on(group, **options):
     engine_of(group)
-    return ShardedExperts(PackedExperts(group.rank), Plan.shard(group.size, 8, 2), group, layer=7, **options)
+    plan = Plan.shard(group.size, 8, 2)
+    return ShardedExperts(PackedExperts(group.rank, plan.columns[group.rank]), plan, group, layer=7, **options)
 
 
 def test_the_layer_enqueues_where_its_experts_are():
