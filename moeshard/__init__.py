@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .api import shard, unshard
     from .errors import (
         ArgumentError,
+        CheckpointError,
         CommError,
         CommTimeout,
         CudaError,
@@ -41,15 +42,18 @@ if TYPE_CHECKING:
     from .group import Group, init
     from .launcher import Ranks, launch, worker_state
     from .layer import ShardedExperts
+    from .loading import from_pretrained
     from .plans import Plan
     from .profiles import Profile, profile
     from .reports import Report, report
+    from .saving import save_pretrained, state_dict
 
 __version__ = _core.__version__
 
 __all__ = [
     "Adapter",
     "ArgumentError",
+    "CheckpointError",
     "CommError",
     "CommTimeout",
     "CudaError",
@@ -68,6 +72,7 @@ __all__ = [
     "Report",
     "ShapeError",
     "ShardedExperts",
+    "from_pretrained",
     "fused_experts",
     "init",
     "launch",
@@ -75,7 +80,9 @@ __all__ = [
     "profile",
     "register_adapter",
     "report",
+    "save_pretrained",
     "shard",
+    "state_dict",
     "unshard",
     "worker_state",
 ]
@@ -90,9 +97,11 @@ _ROOMS = {
     "group": ("Group", "init"),
     "launcher": ("Ranks", "launch", "worker_state"),
     "layer": ("ShardedExperts",),
+    "loading": ("from_pretrained",),
     "plans": ("Plan",),
     "profiles": ("Profile", "profile"),
     "reports": ("Report", "report"),
+    "saving": ("save_pretrained", "state_dict"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 

@@ -118,7 +118,7 @@ class ExpertWeights:
         Returns:
             Experts that must not be called before each has been packed.
         """
-        return _engine_of(sizes.device)(
+        return engine_of(sizes.device)(
             columns=columns,
             d_model=sizes.d_model,
             d_ff=sizes.d_ff,
@@ -169,7 +169,7 @@ class Sizes:
         return self.device.partition(":")[0]
 
 
-def _engine_of(device: str) -> Callable[..., PackedColumns]:
+def engine_of(device: str) -> Callable[..., PackedColumns]:
     """What packs columns for a device."""
     kind, _, number = device.partition(":")
     if kind == "cpu":
