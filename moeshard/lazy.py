@@ -391,6 +391,10 @@ class Strided(Lazy):
             own = [slice(part.start, part.start) for part in own]
         return tuple(own)
 
+    def on_base(self) -> Region:
+        """The region of the base that it is within."""
+        return self._own(self.whole())
+
     def pieces_of(self, region: Region) -> list[str]:
         """The base's."""
         return self.children[0].pieces_of(self._own(region))
