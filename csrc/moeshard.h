@@ -90,6 +90,9 @@ typedef enum ms_activation {
   MS_GELU,      // x * Phi(x), erf form (torch gelu, approximate="none")
   MS_GELU_TANH, // torch gelu, approximate="tanh"
   MS_SILU,      // x * sigmoid(x)
+  // gpt-oss and openai/privacy-filter, gated only: with g = min(gate, 7) and u = up held to [-7, 7],
+  // g * sigmoid(1.702 g) * (u + 1) in place of act(gate) * up
+  MS_CLAMPED_SWIGLU,
   MS_ACTIVATION_COUNT
 } ms_activation;
 
@@ -183,6 +186,7 @@ typedef struct ms_experts_spec {
   bool gated; // y = act(x W_gate^T) * (x W_up^T): w_in holds the gate rows, then the up rows
   bool has_b_in, has_b_out;
   const int64_t *columns; // [E][2] this rank's row of the plan (copied)
+  bool interleaved;       // gated: the rows of w_in and b_in alternate, gate 0, up 0, gate 1, ...
 } ms_experts_spec;
 
 typedef struct ms_experts ms_experts;
@@ -196,9 +200,9 @@ const ms_experts_spec *ms_experts_get_spec(const ms_experts *experts); // borrow
 int64_t ms_experts_bytes(const ms_experts *experts);                   // packed bytes of this rank
 
 // Pack expert e from full matrices or from slices: the sources hold hidden columns [first, first + count).
-//   w_in   [count, D] (gated: [2*count, D], gate rows first)      b_in   [count] ([2*count]) or NULL
+//   w_in   [count, D] (gated: [2*count, D], gate rows first) b_in   [count] ([2*count]) or NULL
 //   w_out  [D, count]                                             b_out  [D] or NULL
-// Only the columns of the plan are read. Biases are contiguous, of dtype `bias`.
+// Only the columns of the plan are read; spec.interleaved says how gate and up rows lie in the sources. Biases are contiguous, of dtype `bias`.
 // MS_I8: of each row of w_in and, over this rank's columns, of w_out: scale = its largest magnitude / 127, and a weight is
 // the nearest of -127 .. 127 times that. A row with a NaN or an infinity becomes NaN throughout.
 // The output bias is kept only by the rank that holds column 0 of e, so it is added once.

@@ -16,9 +16,18 @@ static double activate(ms_activation activation, double x) {
     return 0.5 * x * (1 + tanh(sqrt_2_over_pi * (x + 0.044715 * x * x * x)));
   case MS_SILU:
     return x / (1 + exp(-x));
+  case MS_CLAMPED_SWIGLU:
+    x = x > 7 ? 7 : x;
+    return x / (1 + exp(-1.702 * x));
   default:
     return x;
   }
+}
+
+// What the activated gate is multiplied by.
+static double factor(ms_activation activation, double up) {
+  if (activation != MS_CLAMPED_SWIGLU) return up;
+  return (up > 7 ? 7 : up < -7 ? -7 : up) + 1;
 }
 
 static double dot(const float *a, const float *b, int64_t n) {
@@ -45,8 +54,8 @@ void ms_reference_layer(const float *hidden, const int32_t *index, const float *
             dot(x, w_in + (e * rows + f) * D, D) + (b_in ? (double)b_in[e * rows + f] : 0);
         h[f] = activate(activation, first);
         if (gated)
-          h[f] *= dot(x, w_in + (e * rows + F + f) * D, D) +
-                  (b_in ? (double)b_in[e * rows + F + f] : 0);
+          h[f] *= factor(activation, dot(x, w_in + (e * rows + F + f) * D, D) +
+                                         (b_in ? (double)b_in[e * rows + F + f] : 0));
       }
       for (int64_t d = 0; d < D; d++) {
         double y = b_out ? (double)b_out[e * D + d] : 0;

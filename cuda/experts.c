@@ -54,6 +54,10 @@ static ms_status check_spec(const ms_experts_spec *spec, ms_error *err) {
   if ((unsigned)spec->activation >= MS_ACTIVATION_COUNT)
     return ms_fail(err, MS_EINVAL, "activation: got %d, expected 0 to %d", (int)spec->activation,
                    MS_ACTIVATION_COUNT - 1);
+  if (spec->interleaved)
+    return ms_fail(err, MS_EINVAL, "w_in: interleaved gate and up rows are not there yet on CUDA");
+  if (spec->activation == MS_CLAMPED_SWIGLU)
+    return ms_fail(err, MS_EINVAL, "activation: clamped_swiglu is not there yet on CUDA");
   for (int32_t e = 0; e < spec->E; e++) {
     const int64_t *c = spec->columns + 2 * e;
     if (c[0] < 0 || c[0] > c[1] || c[1] > spec->F)

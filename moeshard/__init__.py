@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         ShapeError,
     )
     from .experts import ExpertWeights
+    from .implementation import disable_transformers, enable_transformers
     from .functional import PackedExperts, fused_experts, pack
     from .group import Group, init
     from .launcher import Ranks, launch, worker_state
@@ -72,6 +73,8 @@ __all__ = [
     "Report",
     "ShapeError",
     "ShardedExperts",
+    "disable_transformers",
+    "enable_transformers",
     "from_pretrained",
     "fused_experts",
     "init",
@@ -95,6 +98,7 @@ _ROOMS = {
     "experts": ("ExpertWeights",),
     "functional": ("PackedExperts", "fused_experts", "pack"),
     "group": ("Group", "init"),
+    "implementation": ("disable_transformers", "enable_transformers"),
     "launcher": ("Ranks", "launch", "worker_state"),
     "layer": ("ShardedExperts",),
     "loading": ("from_pretrained",),

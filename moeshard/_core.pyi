@@ -14,7 +14,7 @@ class SupportsDLPack(Protocol):
 
 DType = Literal["float32", "bfloat16", "float16"]
 Storage = Literal["float32", "bfloat16", "float16", "int8"]  # of packed weights
-Activation = Literal["identity", "relu", "gelu", "gelu_tanh", "silu"]
+Activation = Literal["identity", "relu", "gelu", "gelu_tanh", "silu", "clamped_swiglu"]
 
 __version__: Final[str]
 
@@ -80,6 +80,7 @@ class PackedExperts:
         gated: bool,
         b_in: bool,
         b_out: bool,
+        interleaved: bool = False,
     ) -> Self: ...
     def pack(
         self,

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
@@ -345,6 +346,10 @@ def replace_blocks(
                     site.block, site.adapter, experts, parameters, shapes
                 )
                 experts.emptied = list(parameters)
+                experts.interleaved = site.weights.interleaved
+                held = {id(parameter) for parameter in parameters}
+                names = [name for name, parameter in site.block.named_parameters() if id(parameter) in held]
+                replacement.register_load_state_dict_pre_hook(partial(_refuse_experts, names))
                 sharded = put(sharded, site.places, replacement.eval())
     except BaseException:
         for site in built:
@@ -362,6 +367,18 @@ _HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
 )
+
+
+def _refuse_experts(
+    names: Sequence[str], module: nn.Module, state_dict: Mapping[str, object], prefix: str, *arguments: object
+) -> None:
+    """Before load_state_dict: experts would be forgotten without a word, with ``strict=False``."""
+    found = next((prefix + name for name in names if prefix + name in state_dict), None)
+    if found is not None:
+        raise _core.ArgumentError(
+            f"load_state_dict: {found} belongs to experts that are packed and spread over the ranks: call "
+            "moeshard.unshard(model) first, then load, then shard"
+        )
 
 
 def put(model: Model, places: Places, module: nn.Module) -> Model:

@@ -223,7 +223,7 @@ class _Group:
 
     def _gaps(self, count: int) -> list[str]:
         """Names that a list of tensors lacks: numbers that are skipped, kinds of which there is none."""
-        if not any("*" in pattern for pattern in self.converter.source_patterns):
+        if not any(type(operation).__name__ == "MergeModulelist" for operation in self.converter.operations):
             return []
         templates: dict[str, tuple[list[str], int]] = {}
         numbers: dict[str, set[int]] = {}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import pickle
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 import numpy as np
@@ -53,6 +53,7 @@ class ShardedExperts(nn.Module):
         on_step: called with the name of each step when it begins, then with ``"done"``: :func:`moeshard.profile`.
         number: the layer's in this process, for ``torch.ops.moeshard.experts``.
         emptied: parameters of the model that held the weights; ``to(dtype)`` goes for them too.
+        interleaved: how gate and up rows lie in what is packed, see :class:`moeshard.ExpertWeights`.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class ShardedExperts(nn.Module):
         self.on_step: Callable[[str], object] = unobserved
         self.number = torch_op.register(self)
         self.emptied: list[nn.Parameter] = []
+        self.interleaved = False
         self._users: weakref.WeakSet[ShardedExperts] = weakref.WeakSet([self])  # of the packed weights
         self.device = torch.device("cpu")
         if not isinstance(packed, _core.PackedExperts):
@@ -100,7 +102,8 @@ class ShardedExperts(nn.Module):
             w_out: ``[E, D, F]``.
             b_in: ``[E, F]`` (gated: ``[E, 2F]``) or ``None``.
             b_out: ``[E, D]`` or ``None``.
-            activation: ``"identity"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``.
+            activation: ``"identity"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"``, ``"silu"``; ``"clamped_swiglu"``:
+                gpt-oss's, gated only: ``g sigmoid(1.702 g) (u + 1)``, gate g at most 7, u in [-7, 7].
             gated: ``y = act(x W_gate^T) * (x W_up^T)``.
             dtype: storage of the packed weights, as in :func:`moeshard.shard`. ``None``: as ``w_in``.
             plan: the layout; ``"auto"`` is ``"shard"``.
@@ -264,13 +267,6 @@ class ShardedExperts(nn.Module):
                 "both are collective"
             )
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, object], prefix: str, *arguments: object) -> None:
-        if any(name.startswith(prefix) for name in state_dict):
-            raise _core.ArgumentError(
-                f"load_state_dict: the weights of {prefix.removesuffix('.') or 'the experts'} are packed and spread over "
-                "the ranks: call moeshard.unshard(model) first, then load, then shard"
-            )
-
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ShardedExperts:
         """What ``model.to(...)`` does to each module: ``fn`` shows what it is by what it does to an empty tensor."""
         dtype = self.emptied[0].dtype if self.emptied else getattr(torch, self.packed.dtype, torch.float32)
@@ -285,7 +281,8 @@ class ShardedExperts(nn.Module):
             if self.packed.dtype == storage_name(dtype):  # else it was chosen by itself
                 from .streaming import repack
 
-                self.packed = repack(self.packed, storage, str(self.device), free=not self.has_copies)
+                free = not self.has_copies
+                self.packed = repack(self.packed, storage, str(self.device), interleaved=self.interleaved, free=free)
                 self._users.discard(self)
                 self._users = weakref.WeakSet([self])
             for parameter in self.emptied:

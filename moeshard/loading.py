@@ -302,11 +302,12 @@ def _kept_dtype(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
 
 @dataclass
 class _Expert:
-    """Where one expert's w_in, w_out, b_in and b_out come from, and the dtype that the model has them in."""
+    """Where one expert's w_in, w_out, b_in and b_out come from, the dtype that the model has them in, and their rows."""
 
     parts: list[Lazy | None]
     dtype: torch.dtype
     gated: bool
+    interleaved: bool
 
     def columns(self, start: int, stop: int) -> tuple[Tensors, int]:
         """Tensors that hold hidden columns [start, stop), and the first column that they hold."""
@@ -317,7 +318,10 @@ class _Expert:
         w_in, w_out, b_in, b_out = parts
         assert w_in is not None and w_out is not None
         d_model, d_ff = w_out.shape
-        rows = [slice(half * d_ff + start, half * d_ff + stop) for half in range(2 if self.gated else 1)]
+        if self.interleaved:
+            rows = [slice(2 * start, 2 * stop)]
+        else:
+            rows = [slice(half * d_ff + start, half * d_ff + stop) for half in range(2 if self.gated else 1)]
         return self._tensors(
             [
                 torch.cat([w_in.read((part, slice(0, d_model))) for part in rows]),
@@ -358,6 +362,7 @@ def _experts(block: str, weights: ExpertWeights, lazies: Mapping[int, Lazy]) -> 
                 [None if stack is None else lazy(stack[expert].detach()) for stack in stacks],
                 weights.w_in[expert].dtype,
                 weights.gated,
+                weights.interleaved,
             )
             for expert in range(len(weights.w_in))
         ]

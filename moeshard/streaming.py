@@ -88,13 +88,14 @@ def allocate(parameters: Sequence[nn.Parameter], shapes: Sequence[torch.Size]) -
         parameter.data = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
 
 
-def repack(packed: PackedColumns, dtype: Storage, device: str, *, free: bool) -> PackedColumns:
+def repack(packed: PackedColumns, dtype: Storage, device: str, *, interleaved: bool, free: bool) -> PackedColumns:
     """A rank's columns in another storage, expert by expert. Not collective.
 
     Args:
         packed: the columns; with ``free``, each expert is given up once it is in the new storage.
         dtype: the new storage.
         device: where they are.
+        interleaved: how the rows lie in what will be packed later, when ``unshard`` fails half-way.
         free: nobody else uses ``packed``.
     """
     fresh = engine_of(device)(
@@ -106,10 +107,13 @@ def repack(packed: PackedColumns, dtype: Storage, device: str, *, free: bool) ->
         gated=packed.gated,
         b_in=packed.has_b_in,
         b_out=packed.has_b_out,
+        interleaved=interleaved,
     )
     rounded: torch.dtype = torch.float32 if dtype == "int8" else getattr(torch, dtype)
     for expert, (start, stop) in enumerate(packed.columns.tolist()):
         w_in, w_out, b_in, b_out = (part.to(rounded) for part in _unpack(packed, expert, slice(start, stop)))
+        if interleaved:
+            w_in, b_in = (part.view(2, stop - start, -1).transpose(0, 1).flatten(0, 1) for part in (w_in, b_in))
         if stop > start:
             fresh.pack(
                 expert,
@@ -147,16 +151,16 @@ def unpack_and_free(experts: ShardedExperts, weights: ExpertWeights, load: Load)
 
 def collect(experts: ShardedExperts, weights: ExpertWeights, expert: int) -> None:
     """Fill one expert's weights with every rank's columns. Collective."""
-    group, halves, d_ff = experts.group, 2 if experts.packed.gated else 1, experts.packed.d_ff
+    group, halves = experts.group, 2 if experts.packed.gated else 1
     columns = [slice(*span) for span in experts.plan.columns[:, expert].tolist()]
     with group.refusing():
         w_in, w_out, b_in, b_out = _unpack(experts.packed, expert, columns[group.rank])
         pieces = [  # this rank's rows, and where everyone's go: [halves, F, columns of a row]
-            (w_in, weights.w_in[expert].unflatten(0, (halves, d_ff))),
+            (w_in, _halves(weights.w_in[expert], halves, weights.interleaved)),
             (w_out, weights.w_out[expert].T.unsqueeze(0)),
         ]
         if weights.b_in is not None:
-            pieces.append((b_in, weights.b_in[expert].unflatten(0, (halves, d_ff)).unsqueeze(-1)))
+            pieces.append((b_in, _halves(weights.b_in[expert], halves, weights.interleaved).unsqueeze(-1)))
     for own, target in pieces:
         everyone = group.gather_rows(own)
         with group.refusing():
@@ -168,6 +172,11 @@ def collect(experts: ShardedExperts, weights: ExpertWeights, expert: int) -> Non
         with group.refusing():
             first = next(rank for rank, span in enumerate(columns) if span.start == 0 < span.stop)
             weights.b_out[expert].copy_(torch.from_numpy(everyone[first])[0])
+
+
+def _halves(rows: torch.Tensor, halves: int, interleaved: bool) -> torch.Tensor:
+    """Gate and up rows as ``[2, F, ..]``, rows of experts without a gate as ``[1, F, ..]``: a view."""
+    return rows.unflatten(0, (-1, halves)).transpose(0, 1) if interleaved else rows.unflatten(0, (halves, -1))
 
 
 def _unpack(packed: PackedColumns, expert: int, own: slice) -> list[torch.Tensor]:

@@ -17,7 +17,7 @@ from transformers import AutoModel, SwitchTransformersEncoderModel, SwitchTransf
 from workers import on_ranks
 
 import moeshard
-from moeshard import ExpertWeights, checkpoint, conversion
+from moeshard import checkpoint, conversion
 
 KINDS = {"encoder": SwitchTransformersEncoderModel, "seq2seq": SwitchTransformersForConditionalGeneration}
 RANKS = pytest.mark.parametrize("ranks", [1, 2, 3, 4])
@@ -141,34 +141,6 @@ def test_progress_is_shown_and_can_be_switched_off(tmp_path, capfd):
 # ---- checkpoints that transformers converts ---------------------------------------------------------------------
 
 
-class MixtralAdapter:
-    """Of a family with stacked experts."""
-
-    def weights(self, block):
-        experts = block.experts
-        return ExpertWeights(experts.gate_up_proj, experts.down_proj, activation="silu", gated=True)
-
-    def parameters(self, block):
-        return [block.experts.gate_up_proj, block.experts.down_proj]
-
-    def build(self, block, experts, capacity):
-        return MixtralBlock(block.gate, experts)
-
-    def restore(self, block):
-        pass
-
-
-class MixtralBlock(torch.nn.Module):
-    def __init__(self, gate, experts):
-        super().__init__()
-        self.gate, self.experts = gate, experts
-
-    def forward(self, hidden_states):
-        flat = hidden_states.view(-1, hidden_states.shape[-1])
-        _, weights, index = self.gate(flat)
-        return self.experts(flat, index, weights).view(hidden_states.shape)
-
-
 def mixtral(folder=None, dtype=torch.float32, **options):
     """A small Mixtral; its checkpoint has every expert's w1, w2 and w3, or (``save_original_format=False``) stacks."""
     from transformers.models.mixtral import modeling_mixtral as modeling
@@ -193,7 +165,6 @@ def mixtral(folder=None, dtype=torch.float32, **options):
 def mixtral_like_huggingface(group, folder, loading):
     from transformers.models.mixtral import modeling_mixtral as modeling
 
-    moeshard.register_adapter(modeling.MixtralSparseMoeBlock, MixtralAdapter())
     inputs = {"input_ids": torch.arange(14).view(2, 7)}
     return loaded_like_huggingface(group, modeling.MixtralForCausalLM, folder, inputs, {}, loading)
 
@@ -232,7 +203,6 @@ def test_a_conversion_that_lazy_tensors_do_not_understand_is_run_on_whole_ones(w
 def test_experts_that_a_stack_lacks_are_named(tmp_path):
     from transformers.models.mixtral import modeling_mixtral as modeling
 
-    moeshard.register_adapter(modeling.MixtralSparseMoeBlock, MixtralAdapter())
     mixtral(tmp_path)
     weights = load_file(tmp_path / checkpoint.WEIGHTS)
     prefix = "model.layers.0.block_sparse_moe.experts."
@@ -405,8 +375,6 @@ def loading_peak(folder, stacked):
     group = moeshard.init()
     if stacked:
         from transformers.models.mixtral import modeling_mixtral as modeling
-
-        moeshard.register_adapter(modeling.MixtralSparseMoeBlock, MixtralAdapter())
     cls = modeling.MixtralForCausalLM if stacked else SwitchTransformersEncoderModel
     small = Path(folder) / "small"
     moeshard.from_pretrained(cls, small, group=group, progress=False)  # imports and first-call memory

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from switch_models import batch, run, switch_model
-from test_loading import KINDS, NEW, MixtralAdapter, mixtral, on, same_weights
+from test_loading import KINDS, NEW, mixtral, on, same_weights
 from transformers import GenerationConfig
 from workers import on_ranks
 
@@ -78,7 +78,6 @@ def test_a_saved_checkpoint_is_the_original_byte_for_byte(workers, tmp_path, ran
 def save_mixtral(group, folder, lazy):
     from transformers.models.mixtral import modeling_mixtral as modeling
 
-    moeshard.register_adapter(modeling.MixtralSparseMoeBlock, MixtralAdapter())
     model = moeshard.from_pretrained(modeling.MixtralForCausalLM, folder / "original", group=group, progress=False)
     piecewise, saving._is_piecewise = saving._is_piecewise, saving._is_piecewise if lazy else lambda source: False
     try:

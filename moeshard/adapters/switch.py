@@ -19,7 +19,24 @@ from torch import nn
 from .. import _core
 from ..experts import ExpertWeights
 from ..layer import ShardedExperts
-from . import Capacity, activation_of
+from . import Capacity, Family, activation_of, refuse_training
+
+
+FAMILY = Family(
+    name="Switch Transformers (google/switch-base-8 ... switch-c-2048)",
+    replaces="SwitchTransformersSparseMLP",
+    transformers="5, 4.57",
+    experts="ReLU or GELU, no bias",
+    routing="top-1; a token beyond `expert_capacity` of its sequence and expert is dropped",
+    quirks=(
+        "Capacity counts per sequence of the batch, in its order; a dropped token's output is exactly 0.",
+        "Padding tokens are routed and use up capacity, whatever `router_ignore_padding_tokens` says.",
+        "The router casts its classifier to float32 once and keeps it so; the best expert is chosen after the "
+        "probabilities were cast back, so that near-ties in bfloat16 go to the lower number.",
+        "The router module is still called, so that recorded `router_logits` appear.",
+        "`experts_implementation=` is accepted and ignored by transformers: call `moeshard.shard`.",
+    ),
+)
 
 
 class ShardedSwitch(nn.Module):
@@ -36,9 +53,7 @@ class ShardedSwitch(nn.Module):
         self, hidden_states: torch.Tensor
     ) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """Route [B, S, D] and send each token through its expert."""
-        if self.training:
-            with self.experts.group.refusing():
-                raise _core.ArgumentError("the model is in training mode: moeshard is for inference, call model.eval()")
+        refuse_training(self, self.experts)
         mask, probability, logits = self.router(hidden_states)
         kept, choice = mask.max(dim=-1)  # of an all-zero row: 0, and index 0 as HF's argmax gives
         index = torch.where(kept.bool(), choice, -1)
