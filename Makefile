@@ -84,8 +84,9 @@ test: build ## lint, C tests, pytest with the older transformers, pytest
 	$(PY) -m pytest tests --ignore=tests/cuda $(PYTEST)
 
 .PHONY: test-old
-test-old: build ## the Switch, loading and saving tests with transformers 4.57
-	PYTHONPATH=$(OLD) $(PY) -m pytest -q tests/test_switch*.py tests/test_loading.py tests/test_saving.py $(PYTEST)
+test-old: build ## the tests of whole models with transformers 4.57
+	PYTHONPATH=$(OLD) $(PY) -m pytest -q tests/test_switch*.py tests/test_families.py tests/test_loading.py \
+	  tests/test_saving.py $(PYTEST)
 
 .PHONY: test-compare
 test-compare: build .venv/.compare ## against DeepSpeed's MoE layer and HuggingFace on 2 ranks; installs DeepSpeed

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
         ShapeError,
     )
     from .experts import ExpertWeights
-    from .implementation import disable_transformers, enable_transformers
     from .functional import PackedExperts, fused_experts, pack
     from .group import Group, init
+    from .implementation import disable_transformers, enable_transformers
     from .launcher import Ranks, launch, worker_state
     from .layer import ShardedExperts
     from .loading import from_pretrained

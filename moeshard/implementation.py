@@ -25,7 +25,8 @@ def enable_transformers() -> None:
     :func:`moeshard.shard`, which does the same for stacked experts over any number of ranks.
 
     A layer's first call packs its weights, beside the originals, which ``state_dict`` still needs: the experts take
-    twice the memory. :func:`moeshard.shard` frees them. Weights that change are packed again. Inference only. A second
+    twice the memory. :func:`moeshard.shard` frees them. Weights that are replaced or changed in place are packed
+    again; a change through ``parameter.data``, which torch does not count, is not seen. Inference only. A second
     call does nothing; every process needs its own.
 
     Raises:
@@ -76,7 +77,7 @@ _packed: weakref.WeakKeyDictionary[nn.Module, tuple[object, PackedExperts]] = we
 def _forward(
     self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """What transformers calls in the place of the module's own forward: ``[N, D]``, ``[N, K]``, ``[N, K]`` -> ``[N, D]``."""
+    """What transformers calls in the place of the module's own forward: [N, D], [N, K], [N, K] -> [N, D]."""
     index = stacked.no_sentinels(top_k_index, len(stacked.stacks(self)[0]))
     return _experts_of(self)(hidden_states, index, top_k_weights)
 

@@ -176,7 +176,9 @@ def collect(experts: ShardedExperts, weights: ExpertWeights, expert: int) -> Non
 
 def _halves(rows: torch.Tensor, halves: int, interleaved: bool) -> torch.Tensor:
     """Gate and up rows as ``[2, F, ..]``, rows of experts without a gate as ``[1, F, ..]``: a view."""
-    return rows.unflatten(0, (-1, halves)).transpose(0, 1) if interleaved else rows.unflatten(0, (halves, -1))
+    if interleaved:
+        return rows.view(-1, halves, *rows.shape[1:]).transpose(0, 1)
+    return rows.view(halves, -1, *rows.shape[1:])
 
 
 def _unpack(packed: PackedColumns, expert: int, own: slice) -> list[torch.Tensor]:

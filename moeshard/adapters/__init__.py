@@ -205,7 +205,8 @@ def _same(
     with torch.no_grad():
         for name, (x, expected) in known.items():
             found = function(x[None])[0]
-            if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-5, atol=1e-6):
+            # float32 leaves an error of an ulp of 1 in gelu's far tail, which a gate multiplies by at most 40.
+            if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-5, atol=4e-5):
                 return name
     return None
 

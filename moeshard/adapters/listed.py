@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks of any model that keep their experts in a ``ModuleList``, each a feed-forward module of ``nn.Linear`` layers."""
+"""Blocks of any model that keep their experts in a ``ModuleList``, each a module of ``nn.Linear`` layers."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,7 +30,8 @@ class ShardedList(nn.Module):
         """Route [.., D] and send each token through its experts."""
         refuse_training(self, self.experts)
         index, weights = self.route(self, hidden_states)
-        return self.experts(hidden_states, index, weights)
+        output: torch.Tensor = self.experts(hidden_states, index, weights)
+        return output
 
 
 class ListedExperts:
@@ -44,8 +45,8 @@ class ListedExperts:
         w_out: of its second.
         activation: of the activation, a module or function of the expert.
         experts: of the list in the block, a ``ModuleList`` or ``ModuleDict``.
-        route: ``route(block, hidden_states [.., D])`` returns ``top_k_index`` [.., K] (-1: no expert) and ``top_k_weights``
-            [.., K]; ``block`` has the submodules of the original, except the experts.
+        route: ``route(block, hidden_states [.., D])`` returns ``top_k_index`` [.., K] (-1: no expert) and
+            ``top_k_weights`` [.., K]; ``block`` has the submodules of the original, except the experts.
 
     Example:
         >>> def route(block, hidden_states):

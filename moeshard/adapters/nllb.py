@@ -2,12 +2,12 @@
 """NLLB-MoE of transformers 4.57 and of the 5 line: top-2 routing, biases, capacity as a fraction of the batch.
 
 In both, the router returns a one-hot mask of the first choice [N, E] and the gates [N, E], of which at most two a token
-are not zero; the 5 line adds the logits. A choice beyond its expert's capacity and a padding token's gates are zero. The
-block returns [B, S, D] in the 5 line and ([B, S, D], (gates, first choice [N])) in 4.57.
+are not zero; the 5 line adds the logits. Gates of padding tokens and of choices beyond capacity are zero. The block
+returns [B, S, D] in the 5 line and ([B, S, D], (gates, first choice [N])) in 4.57.
 
-The 5 line's own experts are wrong (in 5.23.0 at least): they take the one-hot mask for expert numbers, so that every token
-goes E - 1 times through expert 0 and once through expert 1. Here each token goes through the experts that the router
-chose, as in 4.57.
+The 5 line's own experts are wrong (in 5.23.0 at least): they take the one-hot mask for expert numbers, so that every
+token goes E - 1 times through expert 0 and once through expert 1. Here each token goes through the experts that the
+router chose, as in 4.57.
 
 Source: transformers 5.23.0 and 4.57.6, modeling_nllb_moe.py.
 """
@@ -25,16 +25,16 @@ from . import Capacity, Family, activation_of, refuse_training
 
 FAMILY = Family(
     name="NLLB-MoE (facebook/nllb-moe-54b), encoder and decoder",
-    replaces="NllbMoeSparseMLP",
+    replaces="`NllbMoeSparseMLP`",
     transformers="5, 4.57",
     experts="ReLU, biases",
-    routing="top-2, gates normalised; capacity is `moe_eval_capacity_token_fraction` of the tokens (1: none is dropped)",
+    routing="top-2, gates normalised; capacity is `moe_eval_capacity_token_fraction` of the tokens (1: no drops)",
     quirks=(
         "Gates are multiplied by `1 - moe_token_dropout` in evaluation too (0.8 by default).",
         "Padding tokens get no expert where the attention mask is passed on and `router_ignore_padding_tokens` is off.",
         "Capacity is counted over the tokens of one rank's call, as in HuggingFace.",
-        "transformers 5 (5.23.0 at least) sends tokens to the wrong experts; moeshard computes what the router chose, as "
-        "4.57 does, and warns once that results differ from that version's.",
+        "transformers 5 (5.23.0 at least) sends tokens to the wrong experts; moeshard computes what the router chose, "
+        "as 4.57 does, and warns once that results differ from that version's.",
         "`experts_implementation=` is accepted and ignored by transformers: call `moeshard.shard`.",
     ),
 )
@@ -96,8 +96,9 @@ class NllbAdapter:
         old = type(block.experts) is nn.ModuleDict
         if not old:
             warnings.warn(
-                "NLLB-MoE in this version of transformers sends tokens to other experts than its router chose; sharded, "
-                "they go where the router chose, as in transformers 4.57: outputs differ from the unsharded model's",
+                "NLLB-MoE in this version of transformers sends tokens to other experts than its router chose; "
+                "sharded, they go where the router chose, as in transformers 4.57: outputs differ from the "
+                "unsharded model's",
                 UserWarning,
                 stacklevel=2,
             )
@@ -119,7 +120,7 @@ class NllbAdapter:
 
 def _experts(block: nn.Module) -> list[Any]:
     experts: Any = block.experts
-    return [experts[f"expert_{number}"] for number in range(len(experts))]
+    return [expert for name, expert in experts.items() if name.startswith("expert_")]  # 5: and a dropout
 
 
 ADAPTER = NllbAdapter()

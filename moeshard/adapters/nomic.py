@@ -23,7 +23,7 @@ from . import Capacity, Family, activation_of, refuse_training
 
 FAMILY = Family(
     name="nomic-embed-text-v2-moe",
-    replaces="NomicExperts",
+    replaces="`NomicExperts`",
     transformers="hub code",
     experts="exact GELU, one bias after all experts",
     routing="top-2, weights not normalised; nothing is dropped",
@@ -48,7 +48,8 @@ class ShardedNomic(nn.Module):
         refuse_training(self, self.experts)
         weights, index = routing[-2:]
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        return (self.experts(rows, index, weights) + self.bias).view(hidden_states.shape)
+        output: torch.Tensor = self.experts(rows, index, weights) + self.bias
+        return output.view(hidden_states.shape)
 
 
 class NomicAdapter:

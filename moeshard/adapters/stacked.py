@@ -2,7 +2,7 @@
 """Every model of transformers 5 whose experts are stacked in one tensor: Mixtral, Qwen-MoE, gpt-oss, privacy-filter ...
 
 Their classes of experts are made by ``use_experts_implementation``, are called as
-``experts(hidden_states [N, D], top_k_index [N, K], top_k_weights [N, K])``, and say of themselves how their weights lie:
+``experts(hidden_states [N, D], top_k_index [N, K], top_k_weights [N, K])``, and say how their weights lie:
 
     has_gate          gate_up_proj [E, 2F, D], else up_proj [E, F, D];  down_proj [E, D, F]
     is_transposed     gate_up_proj [E, D, 2F], down_proj [E, F, D]
@@ -36,7 +36,8 @@ FAMILY = Family(
         "openai/privacy-filter computes its experts in float32 whatever the dtype; moeshard sums in float32 and rounds "
         "hidden columns to bfloat16 where it uses bfloat16 dot products (`docs/numerics.md`).",
         "An expert number of E or more (transformers' expert parallelism) means no expert.",
-        "A gate that the kernels do not have, a limit other than 7 for example, and a norm after each expert are refused.",
+        "A gate that the kernels do not have, a limit other than 7 for example, and a norm after each expert are "
+        "refused.",
     ),
 )
 
@@ -55,7 +56,8 @@ class ShardedStack(nn.Module):
     ) -> torch.Tensor:
         """Send [N, D] through the experts [N, K] with the weights [N, K]."""
         refuse_training(self, self.experts)
-        return self.experts(hidden_states, no_sentinels(top_k_index, self.num_experts), top_k_weights)
+        output: torch.Tensor = self.experts(hidden_states, no_sentinels(top_k_index, self.num_experts), top_k_weights)
+        return output
 
 
 class StackedAdapter:

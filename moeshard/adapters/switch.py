@@ -21,10 +21,9 @@ from ..experts import ExpertWeights
 from ..layer import ShardedExperts
 from . import Capacity, Family, activation_of, refuse_training
 
-
 FAMILY = Family(
     name="Switch Transformers (google/switch-base-8 ... switch-c-2048)",
-    replaces="SwitchTransformersSparseMLP",
+    replaces="`SwitchTransformersSparseMLP`",
     transformers="5, 4.57",
     experts="ReLU or GELU, no bias",
     routing="top-1; a token beyond `expert_capacity` of its sequence and expert is dropped",

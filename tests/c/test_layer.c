@@ -121,7 +121,7 @@ static ms_experts *pack(const problem *p, ms_dtype storage, int64_t start, int64
     columns[2 * e + 1] = stop;
   }
   ms_experts_spec spec = {p->E,     p->D,    p->F,     storage, p->activation,
-                          p->gated, p->b_in, p->b_out, columns};
+                          p->gated, p->b_in, p->b_out, columns, false};
   ms_experts *x = NULL;
   CHECK(ms_experts_create(&spec, &x, &err) == MS_OK);
   free(columns);
