@@ -62,9 +62,9 @@ class Entry:
 
 
 class Checkpoint:
-    """The tensors of a checkpoint, and what is wrong with its files. A context manager: leaving it unmaps the files.
+    """The tensors of a checkpoint, and what is wrong with its files.
 
-    Tensors that were taken with ``keep=True`` stay valid, the others must not be used afterwards.
+    A context manager: after it, a file stays mapped as long as there are tensors of it.
 
     Args:
         folder: with ``model.safetensors``, or with ``model.safetensors.index.json`` and the files it names.
@@ -194,10 +194,7 @@ class Checkpoint:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Unmap what no tensor needs any more."""
-        for mapped in self._maps.values():
-            with contextlib.suppress(BufferError):  # a tensor is a view of it and keeps it
-                mapped.close()
+        """Let go of the maps. Each goes with its last tensor: torch keeps a reference, but no hold that close() sees."""
         self._maps.clear()
 
 
