@@ -275,9 +275,7 @@ class _Nothing:
 # ---- what does not fit -----------------------------------------------------------------------------------
 
 
-def _check(
-    model: Model, state: Mapping[str, torch.Tensor], found: Match, ignored: Callable[[str, str], bool]
-) -> None:
+def _check(model: Model, state: Mapping[str, torch.Tensor], found: Match, ignored: Callable[[str, str], bool]) -> None:
     """Every parameter has a source of its shape and of a dtype that can be cast to its own."""
     tied = _tied(model, state)
     for name in list(found.sources):

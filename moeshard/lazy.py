@@ -208,7 +208,9 @@ class Joined(Lazy):
             if child.ndim != first.ndim or any(
                 a != b for d, (a, b) in enumerate(zip(child.shape, first.shape, strict=True)) if d != dim
             ):
-                raise RuntimeError(f"sizes must match except in dimension {dim}: {list(first.shape)} {list(child.shape)}")
+                raise RuntimeError(
+                    f"sizes must match except in dimension {dim}: {list(first.shape)} {list(child.shape)}"
+                )
             if child.dtype != first.dtype:
                 raise RuntimeError(f"dtypes differ: {first.dtype} {child.dtype}")
         shape = list(first.shape)
@@ -415,7 +417,9 @@ class Strided(Lazy):
 class Computed(Lazy):
     """What a function makes of whole pieces, once one of its elements is wanted; kept until ``forget``."""
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, pieces: Sequence[str], compute: Callable[[], Any]) -> None:
+    def __init__(
+        self, shape: Sequence[int], dtype: torch.dtype, pieces: Sequence[str], compute: Callable[[], Any]
+    ) -> None:
         """Describe the result."""
         super().__init__(shape, dtype)
         self._names = list(pieces)

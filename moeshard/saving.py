@@ -154,9 +154,7 @@ def _opened(original: Original, *, keep: bool) -> Iterator[_Layer]:
         if keep:
             allocate(original.parameters, original.shapes)
         else:
-            canvas = Canvas(
-                [(shape, p.dtype) for p, shape in zip(original.parameters, original.shapes, strict=True)]
-            )
+            canvas = Canvas([(shape, p.dtype) for p, shape in zip(original.parameters, original.shapes, strict=True)])
             for parameter, tensor in zip(original.parameters, canvas.tensors, strict=True):
                 parameter.data = tensor
         yield _Layer(original, original.adapter.weights(original.block), canvas)

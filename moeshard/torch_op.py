@@ -41,7 +41,5 @@ def experts(
 
 
 @experts.register_fake
-def _(
-    hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, layer: int
-) -> torch.Tensor:
+def _(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, layer: int) -> torch.Tensor:
     return hidden_states.new_empty(hidden_states.shape)

@@ -78,7 +78,9 @@ def test_several_files_get_an_index_and_replace_an_older_checkpoint(tmp_path):
     assert json.loads((tmp_path / INDEX).read_text())["metadata"] == {"total_size": 7}
     with Checkpoint(tmp_path) as checkpoint:
         assert not checkpoint.problems
-        assert equal({name: checkpoint.tensor(name) for name in sorted(checkpoint.entries)}, dict(sorted(wanted.items())))
+        assert equal(
+            {name: checkpoint.tensor(name) for name in sorted(checkpoint.entries)}, dict(sorted(wanted.items()))
+        )
     write(tmp_path, wanted, {WEIGHTS: names})
     assert sorted(os.listdir(tmp_path)) == ["config.json", WEIGHTS, "tokenizer.json"]
 
@@ -166,7 +168,9 @@ def test_a_pickle_is_never_loaded(tmp_path):
             return os.mkdir, (str(tmp_path / "sprung"),)
 
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(moeshard.ArgumentError, match="path: .*pytorch_model.bin, a pickle.*never loaded.*save_pretrained"):
+    with pytest.raises(
+        moeshard.ArgumentError, match="path: .*pytorch_model.bin, a pickle.*never loaded.*save_pretrained"
+    ):
         Checkpoint(tmp_path)
     assert not (tmp_path / "sprung").exists()
 

@@ -84,9 +84,7 @@ def test_every_region_of_every_recipe_is_what_torch_computes(recipe, random):
     assert not memory.asked  # describing it reads nothing
     assert torch.equal(lazy.read(lazy.whole()), expected)
     for _ in range(5):
-        region = tuple(
-            slice(start := random.randint(0, size), random.randint(start, size)) for size in expected.shape
-        )
+        region = tuple(slice(start := random.randint(0, size), random.randint(start, size)) for size in expected.shape)
         assert torch.equal(lazy.read(region), expected[region])
         memory.asked.clear()
         lazy.read(region)

@@ -98,9 +98,7 @@ def test_loads_what_huggingface_loads(workers, tmp_path, ranks, kind, size):
 )
 def test_options_and_dtypes_are_those_of_shard_and_of_huggingface(workers, tmp_path, ranks, stored, options, loading):
     folder = saved(tmp_path, dtype=stored)
-    for facts in on(
-        workers, ranks, loaded_like_huggingface, KINDS["encoder"], folder, batch(3, 9), options, loading
-    ):
+    for facts in on(workers, ranks, loaded_like_huggingface, KINDS["encoder"], folder, batch(3, 9), options, loading):
         # In a 16-bit model the router casts its classifier in its first forward pass, on both sides.
         assert all(facts), facts
 
@@ -113,9 +111,7 @@ def test_an_auto_class_and_a_configuration_of_ones_own(tmp_path):
         model = moeshard.from_pretrained(SwitchTransformersEncoderModel, folder, config=config, progress=False)
     assert {m.expert_capacity for m in model.modules() if hasattr(m, "expert_capacity")} == {2}
     saved(tmp_path / "whole", "seq2seq")
-    found = moeshard.from_pretrained(
-        transformers.AutoModelForSeq2SeqLM, tmp_path / "whole", progress=False
-    )
+    found = moeshard.from_pretrained(transformers.AutoModelForSeq2SeqLM, tmp_path / "whole", progress=False)
     assert type(found) is SwitchTransformersForConditionalGeneration
 
 
@@ -206,7 +202,11 @@ def test_experts_that_a_stack_lacks_are_named(tmp_path):
     mixtral(tmp_path)
     weights = load_file(tmp_path / checkpoint.WEIGHTS)
     prefix = "model.layers.0.block_sparse_moe.experts."
-    gone = [f"{prefix}1.w1.weight", f"{prefix}4.w2.weight", *(f"{prefix.replace('0', '2')}{e}.w3.weight" for e in range(5))]
+    gone = [
+        f"{prefix}1.w1.weight",
+        f"{prefix}4.w2.weight",
+        *(f"{prefix.replace('0', '2')}{e}.w3.weight" for e in range(5)),
+    ]
     for name in gone:
         del weights[name]
     weights[f"{prefix.replace('0', '1')}3.w2.weight"] = torch.zeros(48, 36)

@@ -138,7 +138,9 @@ def copied(group):
     again = copy.deepcopy(clone)
     facts = [torch.equal(run(clone, inputs).outputs[0], expected)]
     layers = [[m for m in one.modules() if isinstance(m, ShardedExperts)] for one in (model, clone)]
-    facts.append(all(a is not b and a.packed is b.packed and a.number != b.number for a, b in zip(*layers, strict=True)))
+    facts.append(
+        all(a is not b and a.packed is b.packed and a.number != b.number for a, b in zip(*layers, strict=True))
+    )
     facts.append([layer.slots for layer in layers[0]] == [layer.slots // 2 for layer in layers[1]])
     del layers
     moeshard.unshard(model)
@@ -188,7 +190,9 @@ def test_pickling_is_refused_with_advice(tmp_path):
 def test_state_dict_never_comes_without_the_experts(tmp_path):
     model = moeshard.shard(switch_model(), progress=False)
     for attempt in (model.state_dict, lambda: model.save_pretrained(tmp_path)):
-        with pytest.raises(moeshard.ArgumentError, match=r"block\.1.*moeshard\.state_dict.*save_pretrained.*collective"):
+        with pytest.raises(
+            moeshard.ArgumentError, match=r"block\.1.*moeshard\.state_dict.*save_pretrained.*collective"
+        ):
             attempt()
     assert not list(tmp_path.glob("*.safetensors"))
     live = model.state_dict(keep_vars=True)  # the live parameters, for tools
@@ -345,4 +349,7 @@ def test_layers_are_still_right_after_all_that():
     layer, inputs, case = case_of()
     expected = experts_reference(*(case[name] for name in (*NAMES, "w_in", "w_out")))
     assert relative_error(copy.deepcopy(layer)(*inputs).numpy(), expected) < 2e-6
-    assert compare(run(switch_model(), batch(2, 5)), run(moeshard.shard(switch_model(), progress=False), batch(2, 5)))[0] < 1e-5
+    assert (
+        compare(run(switch_model(), batch(2, 5)), run(moeshard.shard(switch_model(), progress=False), batch(2, 5)))[0]
+        < 1e-5
+    )
