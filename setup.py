@@ -77,7 +77,8 @@ CUDA_RUNTIME = "libcudart.so.13"
 CUDA_ARCHS = os.environ.get("MOESHARD_CUDA_ARCHS", "80+PTX;90a;100a").split(";")
 # _cuda links these files of _core, so that tensors, errors and the check of headers are the same in both.
 CUDA_SOURCES = [
-    *(f"csrc/{name}.c" for name in ("base/error", "base/memory", "exchange/exchange", "step2_gather")),
+    *(f"csrc/{name}.c" for name in ("base/error", "base/memory", "plan/plan", "layout")),
+    *(f"csrc/{name}.c" for name in ("exchange/exchange", "step2_gather")),
     *(f"csrc/python/{name}.c" for name in ("arrays", "error", "experts_args", "routing_args", "state", "tensor")),
     "csrc/python/tensor_view.c",
     *sorted(glob("cuda/*.c") + glob("cuda/exchange/*.c") + glob("cuda/python/*.c")),

@@ -10,8 +10,8 @@ hf read     the same, then one byte of every page of every weight is looked at, 
 hf shard    moeshard.shard(cls.from_pretrained(path))
 moeshard    moeshard.from_pretrained(cls, path)
 
-Peak is VmHWM less what the process had before. Bound: 1.1 times the final size (this rank's packed columns and the other
-weights) plus one expert. After the times, the model's first outputs are compared: all cases must agree.
+Peak is VmHWM less what the process had before. Bound: 1.1 times the final size (this rank's packed columns and the
+other weights) plus one expert. After the times, the model's first outputs are compared: all cases must agree.
 """
 
 from __future__ import annotations

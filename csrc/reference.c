@@ -77,3 +77,25 @@ void ms_reference_group(const int32_t *index, int64_t slots, int32_t E, int64_t 
   }
   offset[E] = n;
 }
+
+void ms_reference_deal(const int32_t *index, const int32_t *home, int64_t slots, int32_t e,
+                       int32_t copies, int32_t *copy) {
+  int64_t n = 0, dealt[MS_MAX_RANKS] = {0},
+          more = 0; // `more` copies have one slot more than the others
+  for (int64_t s = 0; s < slots; s++) n += index[s] == e;
+  int64_t even = n / copies, extra = n % copies;
+  int32_t next = e % copies;
+  for (int round = 0; round < 2; round++) // at home, then in turns
+    for (int64_t s = 0; s < slots; s++) {
+      if (round == 0) copy[s] = -1;
+      if (index[s] != e || copy[s] >= 0) continue;
+      for (int32_t i = 0; i < copies && copy[s] < 0; i++) {
+        int32_t c = round == 0 ? home[s] : (next + i) % copies;
+        if (c < 0 || dealt[c] >= even + (more < extra)) continue;
+        more += dealt[c] == even;
+        dealt[c]++;
+        copy[s] = c;
+        if (round == 1) next = (c + 1) % copies;
+      }
+    }
+}

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from .profiles import Profile, profile
     from .reports import Report, report
     from .saving import save_pretrained, state_dict
+    from .speeds import measure_speed
 
 __version__ = _core.__version__
 
@@ -79,6 +80,7 @@ __all__ = [
     "fused_experts",
     "init",
     "launch",
+    "measure_speed",
     "pack",
     "profile",
     "register_adapter",
@@ -106,6 +108,7 @@ _ROOMS = {
     "profiles": ("Profile", "profile"),
     "reports": ("Report", "report"),
     "saving": ("save_pretrained", "state_dict"),
+    "speeds": ("measure_speed",),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -17,7 +18,7 @@ from .adapters import Adapter, Capacity, find_adapter, looks_like_moe
 from .experts import ExpertWeights, Sizes, storage_name
 from .group import Group, init
 from .interrupts import interrupts_put_off
-from .layer import ShardedExperts, is_replicated
+from .layer import ShardedExperts, check_copies, is_replicated
 from .plans import Plan, PlanChoice, plan_for
 from .streaming import Load, allocate, empty, pack_and_free, unpack_and_free
 
@@ -84,7 +85,8 @@ def shard(
             weights on every rank; on the CPU, or on this rank's CUDA device, which then runs the layers.
         group: the ranks. ``None``: :func:`moeshard.init`.
         plan: the layout of each MoE layer. ``"auto"``, ``"shard"``: every expert over every rank;
-            ``"expert_parallel"``: each expert whole on one rank; or a :class:`moeshard.Plan`.
+            ``"expert_parallel"``: each expert whole on one rank; or a :class:`moeshard.Plan` of the layers' sizes, see
+            ``docs/layouts.md``. One that prunes experts frees their weights for good: ``unshard`` will refuse.
         dtype: storage of the experts: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"int8"`` (weights within half a
             scale, see ``docs/numerics.md``) or torch's. ``None``: as it is.
         tokens: ``"local"``: each rank has its own batch; ``"replicated"``: all ranks hold the same.
@@ -166,7 +168,7 @@ def unshard(model: Model) -> Model:
         The model, every parameter the same object as before; its bits too, unless ``shard`` changed the dtype.
 
     Raises:
-        ArgumentError: the model is not sharded.
+        ArgumentError: the model is not sharded, or its plan has pruned experts, whose weights are gone.
         CommError: a rank failed (PeerError; there its own error) or is lost. The model stays sharded, on all ranks:
             after PeerError it works and ``unshard`` can be called again; after a loss the group is closed.
 
@@ -175,6 +177,12 @@ def unshard(model: Model) -> Model:
     """
     sharded = originals(model)
     group = sharded[0][1].experts.group
+    for _, original in sharded:
+        pruned = np.flatnonzero(original.experts.plan.copies == 0).tolist()
+        if pruned:
+            raise _core.ArgumentError(
+                f"model: the plan it was sharded with has pruned experts {pruned}: no rank has them"
+            )
     with torch.inference_mode(False), torch.no_grad(), interrupts_put_off():
         back: list[Load] = []
         try:
@@ -254,6 +262,7 @@ def _site(
         weights = adapter.weights(block)
         sizes = weights.sizes()
         table = plan_for(plan, group.size, sizes.num_experts, sizes.d_ff)
+        check_copies(table, sizes.device_type)
     except _core.MoeshardError as error:
         raise type(error)(f"{where}: {error}") from error
     return Site(
@@ -349,7 +358,7 @@ def replace_blocks(
                 experts.interleaved = site.weights.interleaved
                 held = {id(parameter) for parameter in parameters}
                 names = [name for name, parameter in site.block.named_parameters() if id(parameter) in held]
-                replacement.register_load_state_dict_pre_hook(partial(_refuse_experts, names))
+                replacement.register_load_state_dict_pre_hook(partial(_refuse_experts, names))  # type: ignore[no-untyped-call]
                 sharded = put(sharded, site.places, replacement.eval())
     except BaseException:
         for site in built:

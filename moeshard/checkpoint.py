@@ -5,8 +5,8 @@ Reading maps the files: a tensor is a view of its file, a page of it is read whe
 again. (``safetensors.safe_open`` maps too, but what it has once read stays counted as this process's memory.) Writing
 fixes the header first, from names, shapes and dtypes, so that no more than the piece that is written is in memory.
 
-Format: 8 bytes, the length of a JSON header; the header, name -> dtype, shape, bytes [start, stop) of the data; the data.
-Nothing here can run code from a file. Source: https://huggingface.co/docs/safetensors, "Format".
+Format: 8 bytes, the length of a JSON header; the header, name -> dtype, shape, bytes [start, stop) of the data; then
+the data. Nothing here can run code from a file. Source: https://huggingface.co/docs/safetensors, "Format".
 """
 
 from __future__ import annotations
@@ -194,7 +194,8 @@ class Checkpoint:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Let go of the maps. Each goes with its last tensor: torch keeps a reference, but no hold that close() sees."""
+        """Let go of the maps; each goes with its last tensor."""
+        # Not closed: torch keeps a reference to a map, but no hold that close() would see, and would read freed pages.
         self._maps.clear()
 
 
@@ -319,7 +320,7 @@ class Writer:
             )
         if not tensor.numel():
             return
-        data = memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        data = memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         offset = entry.start + first * entry.dtype.itemsize
         while data:  # a call writes at most 2 GiB
             written = os.pwrite(self._opened[entry.file], data, offset)

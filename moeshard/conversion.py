@@ -13,6 +13,7 @@ import copy
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -57,7 +58,7 @@ def match(
         state: its ``state_dict()``.
         tensors: name in the checkpoint -> shape and dtype.
         store: what has them.
-        broken: names in the checkpoint about which nothing else is known; nobody needs to be told that they are missing.
+        broken: names in the checkpoint about which nothing else is known, and which are a problem already.
     """
     found = Match()
     stored = {name: Stored(store, name, shape, dtype) for name, (shape, dtype) in tensors.items()}
@@ -217,7 +218,7 @@ class _Group:
             return result
 
         return {
-            target: Computed(shape.shape, dtype, sorted(self.names, key=_natural), lambda name=target: compute(name))
+            target: Computed(shape.shape, dtype, sorted(self.names, key=_natural), partial(compute, target))
             for target, shape in shapes.items()
         }
 

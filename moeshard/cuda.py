@@ -172,7 +172,7 @@ class CudaEngine:
     def _agree(self, layer: int, experts: _cuda.PackedExperts, hidden: Rows, index: Rows) -> int:
         """The most tokens that a rank has in this call."""
         dtype = DTYPES.index(str(hidden.dtype).removeprefix("torch."))
-        facts = (self._calls, layer, hidden.shape[0], experts.d_model, index.shape[1], experts.num_experts, dtype, 0)
+        facts = (self._calls, layer, hidden.shape[0], experts.d_model, index.shape[1], experts.num_experts, dtype, 0, 0)
         headers = self._group.gather_row(np.array(facts, np.int64))  # ms_header of csrc/moeshard.h
         _core.header_check(headers)
         return int(headers[:, 2].max())

@@ -31,7 +31,7 @@ class ShardedExperts(nn.Module):
     :func:`moeshard.shard` puts one in the place of every MoE layer of a model; :meth:`from_weights` makes one from
     tensors. Inference only. The packed weights are no parameters: ``state_dict()`` raises, :func:`moeshard.state_dict`
     gathers them. ``copy.deepcopy`` gives a layer that computes with the same packed weights (they never change), its
-    own counts and hooks. ``to(dtype)`` stores the weights anew, if they had the model's dtype; they stay on their device.
+    own counts and hooks. ``to(dtype)`` stores the weights anew, if they had the model's dtype; the device stays.
 
     The device of the packed weights decides which engine runs: on ``cuda`` a layer is enqueued on the current stream.
 
@@ -43,10 +43,12 @@ class ShardedExperts(nn.Module):
         replicated: all ranks hold the same tokens, instead of each its own.
 
     Raises:
-        ArgumentError: ``replicated`` on CUDA, which has only the tokens of each rank.
+        ShapeError: the plan has another number of ranks than the group.
+        ArgumentError: packed columns that are not those of the plan; on CUDA, ``replicated`` or a plan with copies.
         CommError: on CUDA, for the group's first layer: the ranks could not meet through NCCL.
 
     Attributes:
+        layout: the plan made ready for this rank: which slots it computes.
         device: where the experts are and tokens are expected.
         slots: (token, choice) pairs seen so far, over all ranks. Not counted on CUDA, nor are
         counts: ``[E]`` int64: how many of them each expert got. The others were dropped (index -1).
@@ -63,6 +65,7 @@ class ShardedExperts(nn.Module):
         super().__init__()
         self.packed = packed
         self.plan = plan
+        self.layout = _layout_of(packed, plan, group)
         self.group = group
         self.layer = layer
         self.replicated = replicated
@@ -77,6 +80,7 @@ class ShardedExperts(nn.Module):
         if not isinstance(packed, _core.PackedExperts):
             if replicated and group.size > 1:
                 raise _core.ArgumentError("tokens: 'replicated' is not there yet on CUDA, expected 'local'")
+            check_copies(plan, "cuda")
             self.device = torch.device("cuda", group.engine(packed.device).device)
 
     @classmethod
@@ -106,7 +110,8 @@ class ShardedExperts(nn.Module):
                 gpt-oss's, gated only: ``g sigmoid(1.702 g) (u + 1)``, gate g at most 7, u in [-7, 7].
             gated: ``y = act(x W_gate^T) * (x W_up^T)``.
             dtype: storage of the packed weights, as in :func:`moeshard.shard`. ``None``: as ``w_in``.
-            plan: the layout; ``"auto"`` is ``"shard"``.
+            plan: the layout; ``"auto"`` is ``"shard"``. Any :class:`moeshard.Plan` of these sizes runs, also one with
+                copies of experts (not on CUDA); see ``docs/layouts.md``.
             group: the ranks. ``None``: :func:`moeshard.init`.
             tokens: ``"local"``: each rank calls the layer with its own tokens; ``"replicated"``: all with the same.
 
@@ -130,6 +135,7 @@ class ShardedExperts(nn.Module):
             weights = ExpertWeights(w_in, w_out, b_in, b_out, activation, gated)
             sizes = weights.sizes()
             table = plan_for(plan, group.size, sizes.num_experts, sizes.d_ff)
+            check_copies(table, sizes.device_type)
             storage = sizes.dtype if dtype is None else storage_name(dtype)
         group.agree(
             {
@@ -165,7 +171,8 @@ class ShardedExperts(nn.Module):
         Source: arXiv 2503.08467, algorithm 1.
         """
         if torch.compiler.is_compiling():
-            return torch_op.experts(hidden_states, top_k_index, top_k_weights, self.number)
+            out: torch.Tensor = torch_op.experts(hidden_states, top_k_index, top_k_weights, self.number)
+            return out
         return self.run(hidden_states, top_k_index, top_k_weights)
 
     def run(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
@@ -197,7 +204,10 @@ class ShardedExperts(nn.Module):
                 hidden, index, weights = self._rows(*inputs)
                 out = torch.empty_like(hidden)
                 use_threads()
-                batch.route(hidden, index, weights, experts, out, layer=self.layer, replicated=self.replicated)
+                batch.route(
+                    hidden, index, weights, experts, out,
+                    layer=self.layer, replicated=self.replicated, layout=self.layout,
+                )  # fmt: skip
             step("gather")
             group.gather(batch)
             with group.refusing():
@@ -326,6 +336,22 @@ def sharded_layers(model: nn.Module) -> list[tuple[str, ShardedExperts]]:
     if not layers:
         raise _core.ArgumentError("model: it is not sharded, call moeshard.shard(model) first")
     return layers
+
+
+def check_copies(plan: Plan, device: str) -> None:
+    """Raise ArgumentError for a plan with replicated or pruned experts on CUDA, whose kernels know no copies."""
+    if device != "cpu" and (plan.copies != 1).any():
+        raise _core.ArgumentError(
+            f"plan: on CUDA each column must be held once, got copies of {sorted(set(plan.copies.tolist()))}"
+        )
+
+
+def _layout_of(packed: PackedColumns, plan: Plan, group: Group) -> _core.Layout:
+    if plan.ranks != group.size:
+        raise _core.ShapeError(f"plan: expected {group.size} ranks as the group, got {plan.ranks}")
+    if not np.array_equal(packed.columns, plan.columns[group.rank]):
+        raise _core.ArgumentError(f"packed: they are not the columns that the plan gives rank {group.rank}")
+    return _core.Layout(plan.columns, plan.d_ff, plan.copies, group.rank)
 
 
 def is_replicated(tokens: str) -> bool:

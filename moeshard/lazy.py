@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -22,6 +22,10 @@ class Store(Protocol):
 
     def tensor(self, name: str) -> torch.Tensor:
         """A whole piece, not copied."""
+
+
+class Sink(Store, Protocol):
+    """What holds stored pieces and can be written to."""
 
     def write(self, name: str, tensor: torch.Tensor, first: int) -> None:
         """Write a run of elements of a piece, in row-major order from ``first`` on."""
@@ -43,7 +47,7 @@ class Lazy:
         """Describe it; nothing is read."""
         self.shape = torch.Size(shape)
         self.dtype = dtype
-        self.lends = lends and all(child.lends for child in children)
+        self.lends: bool = lends and all(child.lends for child in children)
         self.children = list(children)
 
     @property
@@ -176,16 +180,17 @@ class Stored(Lazy):
         together = self.ndim  # dimensions from here on are written in one run
         while together and (together == self.ndim or _is_all(region[together], self.shape[together])):
             together -= 1
+        sink = cast(Sink, self._store)
         for index in _indices(region[:together]):
             first = 0
             for size, at in zip(self.shape, [*index, *(part.start for part in region[together:])], strict=True):
                 first = first * size + at
             inside = tuple(at - part.start for at, part in zip(index, region, strict=False))
-            self._store.write(self._name, value[inside], first)
+            sink.write(self._name, value[inside], first)
 
 
 def _is_all(part: slice, size: int) -> bool:
-    return part.start == 0 and part.stop == size
+    return bool(part.start == 0 and part.stop == size)
 
 
 def _indices(region: Region) -> Iterator[tuple[int, ...]]:

@@ -53,14 +53,14 @@ def from_pretrained(
     config: object = None,
     device: str | torch.device = "cpu",
 ) -> Model:
-    """Load a model from a HuggingFace checkpoint and shard it; each rank reads only its share of the experts. Collective.
+    """Load a model from a HuggingFace checkpoint and shard it; each rank reads its share of the experts. Collective.
 
     The result is what ``moeshard.shard(cls.from_pretrained(path))`` gives, and no rank ever holds an expert that is not
     packed but one. Weights that are not experts are loaded by transformers itself: its rules for names, tied weights,
     dtypes and buffers hold.
 
-    Memory: this rank's share of the experts, the other weights, and one expert. Where transformers converts a checkpoint
-    in a way that cannot be done piece by piece, one layer's parameter instead of one expert.
+    Memory: this rank's share of the experts, the other weights, and one expert. Where transformers converts a
+    checkpoint in a way that cannot be done piece by piece, one layer's parameter instead of one expert.
 
     Args:
         cls: the model's class, or an Auto class (``AutoModel`` ...).
@@ -147,7 +147,7 @@ def _build(
     taken: list[_Taken] = []
 
     def take_experts(self: Any, *arguments: Any, **options: Any) -> None:
-        super(derived, self).__init__(*arguments, **options)
+        made.__init__(self, *arguments, **options)
         taken.append(_Taken(self, checkpoint, state))
 
     # from_pretrained calls the class, then loads `state` into what it gets: between the two, the experts go.
@@ -236,7 +236,7 @@ class _Taken:
         for block, _ in self.blocks:  # nothing is left in there to initialise
             for module in block.modules():
                 if not owners.isdisjoint(module.modules()):
-                    module._is_hf_initialized = True  # type: ignore[assignment]
+                    module._is_hf_initialized = True
         experts = set(self._names.values())
         others = {
             piece for name, source in self.found.sources.items() if name not in experts for piece in source.pieces
@@ -302,7 +302,7 @@ def _kept_dtype(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
 
 @dataclass
 class _Expert:
-    """Where one expert's w_in, w_out, b_in and b_out come from, the dtype that the model has them in, and their rows."""
+    """Where an expert's w_in, w_out, b_in and b_out come from, the dtype that the model has them in, and their rows."""
 
     parts: list[Lazy | None]
     dtype: torch.dtype
@@ -353,7 +353,7 @@ def _experts(block: str, weights: ExpertWeights, lazies: Mapping[int, Lazy]) -> 
         source = lazies.get(tensor.untyped_storage().data_ptr())
         if source is None:
             raise ValueError("a tensor of its own")
-        return source.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        return source.as_strided(tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     stacks = (weights.w_in, weights.w_out, weights.b_in, weights.b_out)
     try:

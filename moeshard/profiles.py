@@ -56,10 +56,11 @@ class Call(NamedTuple):
             ``None``: the layer was called without a block.
         stamps: when each of the five steps began and the last one ended: ns of CLOCK_MONOTONIC.
         tokens: of this rank.
-        flops: of ffn: 2 * D * (3 if gated else 2) * this rank's columns of the expert, summed over the slots.
-        gather_bytes: tokens and choices of the other ranks, which this rank reads.
-        ffn_bytes: this rank's weights of the experts that got tokens, each once.
-        combine_bytes: partial outputs of the other ranks, which this rank reads.
+        flops: of ffn: 2 * D * (3 if gated else 2) * this rank's columns of the expert, summed over the slots that it
+            computes.
+        gather_bytes: tokens of the other ranks that this rank computes something of, and the choices of all of them.
+        ffn_bytes: this rank's weights of the experts that it computed something of, each once.
+        combine_bytes: partial outputs of the other ranks for tokens of this one, which it reads.
         bfloat16: tokens and weights both are: dot products can do the work where the CPU has them.
     """
 
@@ -379,9 +380,10 @@ class _Recorder:
             self._block = None
 
     def _finish(self) -> Call:
-        packed, batch, ranks = self._layer.packed, self._layer.group.batch, self._layer.group.size
+        packed, batch = self._layer.packed, self._layer.group.batch
         tokens, d_model, choices = batch.shape
-        counts = batch.counts()
+        counts = batch.counts(True)
+        tokens_read, partials_read = batch.rows_read
         others = int(batch.tokens_per_rank.sum()) - tokens  # 0 if the tokens are replicated
         return Call(
             layer=self._number,
@@ -389,9 +391,9 @@ class _Recorder:
             stamps=self._stamps,
             tokens=tokens,
             flops=2 * self._parameters * int(counts @ self._widths),
-            gather_bytes=others * (ELEMENT_BYTES[batch.dtype] * d_model + 8 * choices),  # a choice: int32, float32
+            gather_bytes=tokens_read * ELEMENT_BYTES[batch.dtype] * d_model + others * 8 * choices,  # int32, float32
             ffn_bytes=ELEMENT_BYTES[packed.dtype] * self._parameters * int(self._widths[counts > 0].sum()),
-            combine_bytes=(ranks - 1) * tokens * 4 * d_model,  # float32
+            combine_bytes=partials_read * 4 * d_model,  # float32
             bfloat16=packed.dtype == batch.dtype == "bfloat16",
         )
 

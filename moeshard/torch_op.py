@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layer as an operator of torch, ``moeshard::experts``: what torch.compile and torch.export see of it.
 
-An operator takes tensors and numbers, so a layer goes by a number of its own; this table, which keeps no layer alive, is
-where the number leads. The operator's result depends on its inputs alone, so torch may drop a call whose result nobody
-uses: it does so on every rank alike.
+An operator takes tensors and numbers, so a layer goes by a number of its own; this table, which keeps no layer alive,
+is where the number leads. The operator's result depends on its inputs alone, so torch may drop a call whose result
+nobody uses: it does so on every rank alike.
 """
 
 import itertools
 import weakref
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,11 +31,12 @@ def experts(
     hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, layer: int
 ) -> torch.Tensor:
     """:meth:`moeshard.ShardedExperts.forward` of the layer with this number."""
-    module = _layers.get(layer)
+    module: Any = _layers.get(layer)
     if module is None:
         raise _core.ArgumentError(
-            "the sharded layer that this compiled or exported program calls is not in this process (any more): a program "
-            "holds no weights, keep the sharded model with it; to move a model, moeshard.save_pretrained(model, path)"
+            "the sharded layer that this compiled or exported program calls is not in this process (any more): a "
+            "program holds no weights, keep the sharded model with it; to move a model, "
+            "moeshard.save_pretrained(model, path)"
         )
     out: torch.Tensor = module.run(hidden_states, top_k_index, top_k_weights)
     return out

@@ -287,7 +287,7 @@ def test_a_missing_file_is_one_problem(tmp_path):
 
 
 def fails_on_rank_1(group, folders, how):
-    """What each rank says when rank 1 has another checkpoint, none, or trouble in the middle; then all have the same."""
+    """What each rank says when rank 1 has another checkpoint, none, or trouble midway; then all have the same."""
     cls, path, options = SwitchTransformersEncoderModel, folders[0], {"progress": False, "group": group}
     if group.rank == 1:
         path = {"other": folders[1], "none": folders[0] + "-gone"}.get(how, path)

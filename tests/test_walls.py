@@ -125,6 +125,7 @@ def test_every_source_file_names_its_licence() -> None:
         "moeshard.demo",
         "moeshard.plans",
         "moeshard.profiles",
+        "moeshard.speeds",
         "moeshard.text",
     ],
 )

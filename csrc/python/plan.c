@@ -155,9 +155,8 @@ static PyObject *plan_hybrid(PyObject *module, PyObject *args, PyObject *kwargs)
   return finish(state, status, &plan, &err);
 }
 
-// A table from Python, borrowed from `columns`; copies are freed with free. -1 with an exception set.
-static int take_plan(core_state *state, PyObject *table, PyObject *copies, PyArrayObject **columns,
-                     ms_plan *out) {
+int core_take_plan(core_state *state, PyObject *table, PyObject *copies, PyArrayObject **columns,
+                   ms_plan *out) {
   array_need need = {
       .name = "columns", .type = NPY_INT64, .ndim = 3, .shape = {-1, -1, 2}, .dims = "R, E, 2"};
   *out = (ms_plan){0};
@@ -207,7 +206,7 @@ static PyObject *plan_check(PyObject *module, PyObject *args, PyObject *kwargs) 
   if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OL|O:plan_check", names, &table, &F, &copies))
     return NULL;
   if (F < 1) return core_fail(state, MS_EINVAL, "d_ff: got %lld, expected at least 1", F);
-  if (take_plan(state, table, copies, &columns, &plan)) return NULL;
+  if (core_take_plan(state, table, copies, &columns, &plan)) return NULL;
   plan.F = F;
   PyThreadState *gil = PyEval_SaveThread();
   ms_status status = ms_plan_check(&plan, &err);
@@ -242,7 +241,7 @@ static PyObject *plan_work(PyObject *module, PyObject *args, PyObject *kwargs) {
   if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|O:plan_work", names, &table, &histogram,
                                    &copies))
     return NULL;
-  if (take_plan(state, table, copies, &columns, &plan)) return NULL;
+  if (core_take_plan(state, table, copies, &columns, &plan)) return NULL;
   char dims[32];
   snprintf(dims, sizeof dims, "E=%d", plan.E);
   array_need need = {
