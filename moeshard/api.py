@@ -177,12 +177,6 @@ def unshard(model: Model) -> Model:
     """
     sharded = originals(model)
     group = sharded[0][1].experts.group
-    for _, original in sharded:
-        pruned = np.flatnonzero(original.experts.plan.copies == 0).tolist()
-        if pruned:
-            raise _core.ArgumentError(
-                f"model: the plan it was sharded with has pruned experts {pruned}: no rank has them"
-            )
     with torch.inference_mode(False), torch.no_grad(), interrupts_put_off():
         back: list[Load] = []
         try:
@@ -206,15 +200,20 @@ def unshard(model: Model) -> Model:
 
 
 def originals(model: nn.Module) -> list[tuple[Places, Original]]:
-    """The blocks that shard has replaced, and where.
+    """The blocks that shard has replaced, and where; the ranks together have all their weights.
 
     Raises:
-        ArgumentError: there is none.
+        ArgumentError: there is none, or the plan has pruned experts, whose weights are gone.
     """
     found = []
     for _, places, module in _modules(model):
         original: object = getattr(module, "moeshard_original", None)
         if isinstance(original, Original):
+            pruned = np.flatnonzero(original.experts.plan.copies == 0).tolist()
+            if pruned:
+                raise _core.ArgumentError(
+                    f"model: the plan it was sharded with has pruned experts {pruned}: no rank has them"
+                )
             found.append((places, original))
     if not found:
         raise _core.ArgumentError("model: it is not sharded")

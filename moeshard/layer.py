@@ -265,7 +265,7 @@ class ShardedExperts(nn.Module):
         )
 
     @property
-    def has_copies(self) -> bool:
+    def is_shared(self) -> bool:
         """Whether other layers compute with the same packed weights: copies of this one."""
         return len(self._users) > 1
 
@@ -291,7 +291,7 @@ class ShardedExperts(nn.Module):
             if self.packed.dtype == storage_name(dtype):  # else it was chosen by itself
                 from .streaming import repack
 
-                free = not self.has_copies
+                free = not self.is_shared
                 self.packed = repack(self.packed, storage, str(self.device), interleaved=self.interleaved, free=free)
                 self._users.discard(self)
                 self._users = weakref.WeakSet([self])
@@ -303,7 +303,7 @@ class ShardedExperts(nn.Module):
         """Copy everything but the packed weights, which both compute with."""
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
-        shared = ("packed", "plan", "group", "on_step", "_users")
+        shared = ("packed", "plan", "layout", "group", "on_step", "_users")
         for name, value in self.__dict__.items():
             clone.__dict__[name] = value if name in shared else copy.deepcopy(value, memo)
         clone.number = torch_op.register(clone)

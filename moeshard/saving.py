@@ -49,7 +49,7 @@ def state_dict(model: nn.Module, *, rank0_only: bool = False) -> Tensors:
         Name -> tensor, on the devices where the model's parameters were.
 
     Raises:
-        ArgumentError: the model is not sharded.
+        ArgumentError: the model is not sharded, or its plan has pruned experts, whose weights are gone.
         CommError: a rank failed (PeerError; there its own error) or is lost.
 
     Example:
@@ -92,7 +92,8 @@ def save_pretrained(
         progress: show a progress bar over the experts on rank 0, if tqdm is installed.
 
     Raises:
-        ArgumentError: the model is not sharded, or none of transformers.
+        ArgumentError: the model is not sharded, or none of transformers, or its plan has pruned experts, whose weights
+            are gone.
         OSError: the files cannot be written (rank 0; the others raise PeerError).
         CommError: a rank failed (PeerError; there its own error) or is lost.
 

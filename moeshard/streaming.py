@@ -145,7 +145,7 @@ def unpack_and_free(experts: ShardedExperts, weights: ExpertWeights, load: Load)
     for expert in range(experts.packed.num_experts):
         collect(experts, weights, expert)
         load.experts.append(weights.of(expert))
-        if isinstance(experts.packed, _core.PackedExperts) and not experts.has_copies:  # on CUDA they go together
+        if isinstance(experts.packed, _core.PackedExperts) and not experts.is_shared:  # on CUDA they go together
             experts.packed.release(expert)
 
 

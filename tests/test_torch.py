@@ -149,7 +149,7 @@ def copied(group):
     moeshard.unshard(clone)
     del model, clone
     gc.collect()
-    facts.append(not any(m.has_copies for m in again.modules() if isinstance(m, ShardedExperts)))
+    facts.append(not any(m.is_shared for m in again.modules() if isinstance(m, ShardedExperts)))
     facts.append(torch.equal(run(again, inputs).outputs[0], expected))
     again = moeshard.unshard(again)
     facts.append(all(torch.equal(tensor, weights[name]) for name, tensor in again.state_dict().items()))
