@@ -342,6 +342,8 @@ class Reshaped(Lazy):
 
     def read(self, region: Region) -> torch.Tensor:
         """The child's region in this shape, then what is wanted of it."""
+        if any(part.start == part.stop for part in region):  # also of a dimension that the child does not have
+            return torch.empty([part.stop - part.start for part in region], dtype=self.dtype)
         found = self.children[0].read(self._own(region))
         ends = (found.shape[: self._first], found.shape[found.ndim - self._last :])
         if self._ones:
@@ -354,13 +356,28 @@ class Reshaped(Lazy):
         return self._middle.start <= dim < self._middle.stop
 
     def write(self, region: Region, value: torch.Tensor) -> None:
-        """Only where the dimensions that change are whole."""
-        if not self._ones and not all(
-            _is_all(region[dim], self.shape[dim]) for dim in range(self.ndim) if self._in_middle(dim)
-        ):
-            raise NotImplementedError("a part of dimensions that are reshaped")
-        own = self._own(region)
-        self.children[0].write(own, value.reshape([part.stop - part.start for part in own]))
+        """In this shape back to the child; where a part of dimensions that change is wanted, one index of them at a time."""
+        if 0 in value.shape:
+            return
+        inner = [region[dim] for dim in range(self.ndim) if self._in_middle(dim)]
+        sizes = self.shape[self._middle]
+        if self._ones or all(_is_all(part, size) for part, size in zip(inner, sizes, strict=True)):
+            own = self._own(region)
+            self.children[0].write(own, value.reshape([part.stop - part.start for part in own]))
+            return
+        child = self.children[0].shape
+        before = tuple(slice(None) for _ in range(self._first))
+        for index in _indices(tuple(inner)):
+            place = 0
+            for at, size in zip(index, sizes, strict=True):
+                place = place * size + at
+            ones: list[slice] = []
+            for size in reversed(child[self._first : len(child) - self._last]):
+                ones.insert(0, slice(place % size, place % size + 1))
+                place //= size
+            own = (*region[: self._first], *ones, *region[self._middle.stop :])
+            element = value[(*before, *(at - part.start for at, part in zip(index, inner, strict=True)))]
+            self.children[0].write(own, element.reshape([part.stop - part.start for part in own]))
 
 
 class Strided(Lazy):

@@ -144,18 +144,24 @@ def _build(
         raise _core.ArgumentError(f"cls: expected a model class of transformers, got {cls!r}")
     made: type[Any] = cls
     state = {name: checkpoint.tensor(name, keep=True) for name in checkpoint.intact()}
+    built: list[nn.Module] = []
     taken: list[_Taken] = []
 
-    def take_experts(self: Any, *arguments: Any, **options: Any) -> None:
-        made.__init__(self, *arguments, **options)
-        taken.append(_Taken(self, checkpoint, state))
-
     # from_pretrained calls the class, then loads `state` into what it gets: between the two, the experts go.
-    derived = type(
-        made.__name__,
-        (made,),
-        {"__init__": take_experts, "__module__": made.__module__, "__qualname__": made.__qualname__},
-    )
+    def build(self: Any, *arguments: Any, **options: Any) -> None:
+        made.__init__(self, *arguments, **options)
+        built.append(self)
+        if CONVERTS:
+            taken.append(_Taken(self, checkpoint, state))
+
+    def tie_weights(self: Any, *arguments: Any, **options: Any) -> None:
+        made.tie_weights(self, *arguments, **options)
+        # The 4 line builds models where every assignment makes a new parameter, and ties them again afterwards.
+        if not CONVERTS and built and not taken:
+            taken.append(_Taken(self, checkpoint, state))
+
+    names = {"__init__": build, "tie_weights": tie_weights}
+    derived = type(made.__name__, (made,), {**names, "__module__": made.__module__, "__qualname__": made.__qualname__})
     options = {} if torch_dtype is None else {"dtype": torch_dtype}
     with _progress_bars(transformers, shown):
         model, info = derived.from_pretrained(  # type: ignore[attr-defined]
@@ -217,8 +223,6 @@ class _Taken:
         self.blocks = [(module, adapter) for module in model.modules() if (adapter := find_adapter(module)) is not None]
         if not self.blocks:
             raise _core.ArgumentError(no_block(model))
-        if not CONVERTS:
-            model.tie_weights()  # transformers is about to do so
         self.found = _match(model, checkpoint)
         parameters = [parameter for block, adapter in self.blocks for parameter in adapter.parameters(block)]
         self._places = {id(parameter): (parameter, list[tuple[nn.Module, str]]()) for parameter in parameters}

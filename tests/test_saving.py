@@ -39,7 +39,8 @@ def equal_checkpoints(one, other):
 def save_sharded(group, kind, dtype, folder, size, how):
     """Shard a model, or load it from slices; save it; whether it works as before."""
     if how == "load":
-        model = moeshard.from_pretrained(KINDS[kind], folder / "original", group=group, progress=False)
+        options = {"torch_dtype": "auto", "group": group, "progress": False}  # 4.57 loads float32 by default
+        model = moeshard.from_pretrained(KINDS[kind], folder / "original", **options)
     else:
         model = switch_model(kind, num_experts=5).to(dtype)
         moeshard.shard(model, group=group, plan="expert_parallel" if how == "whole" else "auto", progress=False)
