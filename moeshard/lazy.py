@@ -356,7 +356,7 @@ class Reshaped(Lazy):
         return self._middle.start <= dim < self._middle.stop
 
     def write(self, region: Region, value: torch.Tensor) -> None:
-        """In this shape back to the child; where a part of dimensions that change is wanted, one index of them at a time."""
+        """In the child's shape; of dimensions that change, if they are not whole, one index at a time."""
         if 0 in value.shape:
             return
         inner = [region[dim] for dim in range(self.ndim) if self._in_middle(dim)]
