@@ -187,6 +187,7 @@ class BuildExt(build_ext):
         folder = Path(self.build_temp, "cuda", "_".join(CUDA_ARCHS))
         folder.mkdir(parents=True, exist_ok=True)
         flags = ["-O3", "-std=c++17", "-lineinfo", "--threads=0", *(f"-D{name}={value}" for name, value in CUDA_MACROS)]
+        flags += ["--compress-mode=size"]  # an eighth of the bytes, as fast to build
         # Linked by the C compiler, without libstdc++: any of these features would ask for it, at import.
         host = "-fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti,-fno-threadsafe-statics"
         if os.environ.get("MOESHARD_WERROR") == "1":

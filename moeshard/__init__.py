@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from .launcher import Ranks, launch, worker_state
     from .layer import ShardedExperts
     from .loading import from_pretrained
+    from .planner import ModelPlan, plan
     from .plans import Plan
     from .profiles import Profile, profile
     from .reports import Report, report
@@ -62,6 +63,7 @@ __all__ = [
     "DTypeError",
     "ExpertWeights",
     "Group",
+    "ModelPlan",
     "MoeshardError",
     "PackedExperts",
     "PeerError",
@@ -82,6 +84,7 @@ __all__ = [
     "launch",
     "measure_speed",
     "pack",
+    "plan",
     "profile",
     "register_adapter",
     "report",
@@ -104,6 +107,7 @@ _ROOMS = {
     "launcher": ("Ranks", "launch", "worker_state"),
     "layer": ("ShardedExperts",),
     "loading": ("from_pretrained",),
+    "planner": ("ModelPlan", "plan"),
     "plans": ("Plan",),
     "profiles": ("Profile", "profile"),
     "reports": ("Report", "report"),

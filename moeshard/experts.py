@@ -120,7 +120,14 @@ class ExpertWeights:
 
         Returns:
             Experts that must not be called before each has been packed.
+
+        Raises:
+            DTypeError: int8 on CUDA.
         """
+        if dtype == "int8" and sizes.device_type == "cuda":
+            raise _core.DTypeError(
+                "dtype: int8 weights are for CPUs so far; expected float32, bfloat16 or float16 on CUDA"
+            )
         return engine_of(sizes.device)(
             columns=columns,
             d_model=sizes.d_model,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from . import _core, torch_op
@@ -30,8 +31,8 @@ class ShardedExperts(nn.Module):
 
     :func:`moeshard.shard` puts one in the place of every MoE layer of a model; :meth:`from_weights` makes one from
     tensors. Inference only. The packed weights are no parameters: ``state_dict()`` raises, :func:`moeshard.state_dict`
-    gathers them. ``copy.deepcopy`` gives a layer that computes with the same packed weights (they never change), its
-    own counts and hooks. ``to(dtype)`` stores the weights anew, if they had the model's dtype; the device stays.
+    gathers them. ``copy.deepcopy`` gives a layer that computes with the same packed weights (they never change), with
+    hooks and (on CPUs) counts of its own. ``to(dtype)`` stores the weights anew, if they had the model's dtype; the device stays.
 
     The device of the packed weights decides which engine runs: on ``cuda`` a layer is enqueued on the current stream.
 
@@ -44,15 +45,17 @@ class ShardedExperts(nn.Module):
 
     Raises:
         ShapeError: the plan has another number of ranks than the group.
-        ArgumentError: packed columns that are not those of the plan; on CUDA, ``replicated`` or a plan with copies.
+        ArgumentError: packed columns that are not those of the plan; on CUDA, a plan with copies.
         CommError: on CUDA, for the group's first layer: the ranks could not meet through NCCL.
 
     Attributes:
         layout: the plan made ready for this rank: which slots it computes.
         device: where the experts are and tokens are expected.
-        slots: (token, choice) pairs seen so far, over all ranks. Not counted on CUDA, nor are
+        slots: (token, choice) pairs seen so far, over all ranks. On CUDA they are counted on the device: reading this
+            or ``counts`` waits for it.
         counts: ``[E]`` int64: how many of them each expert got. The others were dropped (index -1).
-        on_step: called with the name of each step when it begins, then with ``"done"``: :func:`moeshard.profile`.
+        on_step: called with the name of each step when it begins, then with ``"done"``: :func:`moeshard.profile`. Not
+            on CUDA, where the engine records.
         number: the layer's in this process, for ``torch.ops.moeshard.experts``.
         emptied: parameters of the model that held the weights; ``to(dtype)`` goes for them too.
         interleaved: how gate and up rows lie in what is packed, see :class:`moeshard.ExpertWeights`.
@@ -69,8 +72,8 @@ class ShardedExperts(nn.Module):
         self.group = group
         self.layer = layer
         self.replicated = replicated
-        self.slots = 0
-        self.counts = np.zeros(packed.num_experts, np.int64)
+        self._slots = 0
+        self._counts = np.zeros(packed.num_experts, np.int64)
         self.on_step: Callable[[str], object] = unobserved
         self.number = torch_op.register(self)
         self.emptied: list[nn.Parameter] = []
@@ -78,8 +81,6 @@ class ShardedExperts(nn.Module):
         self._users: weakref.WeakSet[ShardedExperts] = weakref.WeakSet([self])  # of the packed weights
         self.device = torch.device("cpu")
         if not isinstance(packed, _core.PackedExperts):
-            if replicated and group.size > 1:
-                raise _core.ArgumentError("tokens: 'replicated' is not there yet on CUDA, expected 'local'")
             check_copies(plan, "cuda")
             self.device = torch.device("cuda", group.engine(packed.device).device)
 
@@ -184,6 +185,16 @@ class ShardedExperts(nn.Module):
             out = self._on_cuda(packed, *inputs)
         return out.view(hidden_states.shape)
 
+    @property
+    def slots(self) -> int:
+        """(token, choice) pairs seen so far, over all ranks."""
+        return self._slots if isinstance(self.packed, _core.PackedExperts) else int(self.packed.seen()[-1])
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """``[E]``: how many of them each expert got."""
+        return self._counts if isinstance(self.packed, _core.PackedExperts) else self.packed.seen()[:-1]
+
     def _on_cuda(self, packed: _cuda.PackedExperts, *inputs: torch.Tensor) -> torch.Tensor:
         """The five steps, enqueued at once."""
         engine = self.group.engine(packed.device)
@@ -191,7 +202,7 @@ class ShardedExperts(nn.Module):
             with engine.checking():
                 hidden, index, weights = self._rows(*inputs)
                 out = torch.empty_like(hidden)
-            engine.forward(packed, hidden, index, weights, out, layer=self.layer)
+            engine.forward(packed, hidden, index, weights, out, layer=self.layer, replicated=self.replicated)
         return out
 
     def _on_cpu(self, packed: _core.PackedExperts, *inputs: torch.Tensor) -> torch.Tensor:
@@ -213,8 +224,8 @@ class ShardedExperts(nn.Module):
             with group.refusing():
                 step("group")
                 batch.group()
-                self.slots += int(batch.tokens_per_rank.sum()) * index.shape[1]
-                self.counts += batch.counts()
+                self._slots += int(batch.tokens_per_rank.sum()) * index.shape[1]
+                self._counts += batch.counts()
                 step("ffn")
                 batch.ffn(packed)
             step("combine")
@@ -252,8 +263,10 @@ class ShardedExperts(nn.Module):
 
     def reset_counts(self) -> None:
         """Forget the tokens seen so far."""
-        self.slots = 0
-        self.counts[:] = 0
+        self._slots = 0
+        self._counts[:] = 0
+        if not isinstance(self.packed, _core.PackedExperts):
+            self.packed.seen(forget=True)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""

@@ -257,7 +257,7 @@ def interrupt(group, case, where):
     expected = forward(layer, case, slice(None))
     if group.rank == 0:
         if where == "in ffn":
-            counts, layer.counts = layer.counts, Interrupt()
+            counts, layer._counts = layer._counts, Interrupt()
         else:
             gather = group.gather
 
@@ -271,7 +271,7 @@ def interrupt(group, case, where):
     except KeyboardInterrupt:
         said = "KeyboardInterrupt"
         if where == "in ffn":
-            layer.counts = counts
+            layer._counts = counts
         else:
             group.gather = gather
     except moeshard.CommError as error:
