@@ -85,7 +85,8 @@ test: build ## lint, C tests, pytest with the older transformers, pytest
 
 .PHONY: test-old
 test-old: build ## the tests of whole models with transformers 4.57
-	PYTHONPATH=$(OLD) $(PY) -m pytest -q tests/test_switch*.py tests/test_families.py $(PYTEST)
+	PYTHONPATH=$(OLD) $(PY) -m pytest -q tests/test_switch*.py tests/test_families.py tests/test_loading.py \
+	  tests/test_saving.py $(PYTEST)
 
 .PHONY: test-compare
 test-compare: build .venv/.compare ## against DeepSpeed's MoE layer and HuggingFace on 2 ranks; installs DeepSpeed

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .api import shard, unshard
     from .errors import (
         ArgumentError,
+        CheckpointError,
         CommError,
         CommTimeout,
         CudaError,
@@ -42,10 +43,12 @@ if TYPE_CHECKING:
     from .implementation import disable_transformers, enable_transformers
     from .launcher import Ranks, launch, worker_state
     from .layer import ShardedExperts
+    from .loading import from_pretrained
     from .planner import ModelPlan, plan
     from .plans import Plan
     from .profiles import Profile, profile
     from .reports import Report, report
+    from .saving import save_pretrained, state_dict
     from .speeds import measure_speed
 
 __version__ = _core.__version__
@@ -53,6 +56,7 @@ __version__ = _core.__version__
 __all__ = [
     "Adapter",
     "ArgumentError",
+    "CheckpointError",
     "CommError",
     "CommTimeout",
     "CudaError",
@@ -74,6 +78,7 @@ __all__ = [
     "ShardedExperts",
     "disable_transformers",
     "enable_transformers",
+    "from_pretrained",
     "fused_experts",
     "init",
     "launch",
@@ -83,7 +88,9 @@ __all__ = [
     "profile",
     "register_adapter",
     "report",
+    "save_pretrained",
     "shard",
+    "state_dict",
     "unshard",
     "worker_state",
 ]
@@ -99,10 +106,12 @@ _ROOMS = {
     "implementation": ("disable_transformers", "enable_transformers"),
     "launcher": ("Ranks", "launch", "worker_state"),
     "layer": ("ShardedExperts",),
+    "loading": ("from_pretrained",),
     "planner": ("ModelPlan", "plan"),
     "plans": ("Plan",),
     "profiles": ("Profile", "profile"),
     "reports": ("Report", "report"),
+    "saving": ("save_pretrained", "state_dict"),
     "speeds": ("measure_speed",),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}

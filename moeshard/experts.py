@@ -128,7 +128,7 @@ class ExpertWeights:
             raise _core.DTypeError(
                 "dtype: int8 weights are for CPUs so far; expected float32, bfloat16 or float16 on CUDA"
             )
-        return _engine_of(sizes.device)(
+        return engine_of(sizes.device)(
             columns=columns,
             d_model=sizes.d_model,
             d_ff=sizes.d_ff,
@@ -180,7 +180,7 @@ class Sizes:
         return self.device.partition(":")[0]
 
 
-def _engine_of(device: str) -> Callable[..., PackedColumns]:
+def engine_of(device: str) -> Callable[..., PackedColumns]:
     """What packs columns for a device."""
     kind, _, number = device.partition(":")
     if kind == "cpu":

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import copy
-import warnings
+import pickle
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NoReturn
 
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from . import _core
+from . import _core, torch_op
 from .experts import ExpertWeights, PackedColumns, Stack, storage_name
 from .functional import without_grad
 from .group import Group, init
@@ -29,7 +30,9 @@ class ShardedExperts(nn.Module):
     """The experts of one MoE layer, cut over the ranks of a group. The router stays the model's own.
 
     :func:`moeshard.shard` puts one in the place of every MoE layer of a model; :meth:`from_weights` makes one from
-    tensors. Inference only. The packed weights are no parameters: ``state_dict`` does not hold them.
+    tensors. Inference only. The packed weights are no parameters: ``state_dict()`` raises, :func:`moeshard.state_dict`
+    gathers them. ``copy.deepcopy`` gives a layer that computes with the same packed weights (they never change), with
+    hooks and (on CPUs) counts of its own. ``to(dtype)`` stores the weights anew, if they had the model's dtype; the device stays.
 
     The device of the packed weights decides which engine runs: on ``cuda`` a layer is enqueued on the current stream.
 
@@ -53,6 +56,9 @@ class ShardedExperts(nn.Module):
         counts: ``[E]`` int64: how many of them each expert got. The others were dropped (index -1).
         on_step: called with the name of each step when it begins, then with ``"done"``: :func:`moeshard.profile`. Not
             on CUDA, where the engine records.
+        number: the layer's in this process, for ``torch.ops.moeshard.experts``.
+        emptied: parameters of the model that held the weights; ``to(dtype)`` goes for them too.
+        interleaved: how gate and up rows lie in what is packed, see :class:`moeshard.ExpertWeights`.
     """
 
     def __init__(
@@ -69,6 +75,10 @@ class ShardedExperts(nn.Module):
         self._slots = 0
         self._counts = np.zeros(packed.num_experts, np.int64)
         self.on_step: Callable[[str], object] = unobserved
+        self.number = torch_op.register(self)
+        self.emptied: list[nn.Parameter] = []
+        self.interleaved = False
+        self._users: weakref.WeakSet[ShardedExperts] = weakref.WeakSet([self])  # of the packed weights
         self.device = torch.device("cpu")
         if not isinstance(packed, _core.PackedExperts):
             check_copies(plan, "cuda")
@@ -161,6 +171,13 @@ class ShardedExperts(nn.Module):
 
         Source: arXiv 2503.08467, algorithm 1.
         """
+        if torch.compiler.is_compiling():
+            out: torch.Tensor = torch_op.experts(hidden_states, top_k_index, top_k_weights, self.number)
+            return out
+        return self.run(hidden_states, top_k_index, top_k_weights)
+
+    def run(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        """:meth:`forward`, at once."""
         inputs, packed = (hidden_states, top_k_index, top_k_weights), self.packed
         if isinstance(packed, _core.PackedExperts):
             out = self._on_cpu(packed, *inputs)
@@ -260,17 +277,58 @@ class ShardedExperts(nn.Module):
             f"{packed.nbytes / 2**20:.1f} MiB"
         )
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether other layers compute with the same packed weights: copies of this one."""
+        return len(self._users) > 1
+
     def _save_to_state_dict(self, destination: object, prefix: str, keep_vars: bool) -> None:
-        warnings.warn(
-            f"the state_dict of a sharded model has no weights for {prefix or 'the experts'}: "
-            "call moeshard.unshard(model) first",
-            UserWarning,
-            stacklevel=2,
-        )
+        if not keep_vars:  # else the caller, torch.export for example, wants the live parameters, and has them all
+            raise _core.ArgumentError(
+                f"state_dict: the weights of {prefix.removesuffix('.') or 'the experts'} are spread over the ranks. "
+                "moeshard.state_dict(model) gathers them, moeshard.save_pretrained(model, path) writes a checkpoint; "
+                "both are collective"
+            )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ShardedExperts:
+        """What ``model.to(...)`` does to each module: ``fn`` shows what it is by what it does to an empty tensor."""
+        dtype = self.emptied[0].dtype if self.emptied else getattr(torch, self.packed.dtype, torch.float32)
+        moved = fn(torch.empty(0, dtype=dtype, device=self.device))
+        if moved.device != self.device:
+            raise _core.ArgumentError(
+                f"to: sharded experts stay on {self.device}, they cannot go to {moved.device}: call "
+                "moeshard.unshard(model) first, then move the model, then shard (modules before this one have moved)"
+            )
+        if moved.dtype != dtype:
+            storage = storage_name(moved.dtype)
+            if self.packed.dtype == storage_name(dtype):  # else it was chosen by itself
+                from .streaming import repack
+
+                free = not self.is_shared
+                self.packed = repack(self.packed, storage, str(self.device), interleaved=self.interleaved, free=free)
+                self._users.discard(self)
+                self._users = weakref.WeakSet([self])
+            for parameter in self.emptied:
+                parameter.data = parameter.data.to(moved.dtype)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> ShardedExperts:
+        """Copy everything but the packed weights, which both compute with."""
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        shared = ("packed", "plan", "layout", "group", "on_step", "_users")
+        for name, value in self.__dict__.items():
+            clone.__dict__[name] = value if name in shared else copy.deepcopy(value, memo)
+        clone.number = torch_op.register(clone)
+        self._users.add(clone)
+        return clone
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        """Refuse to be copied or pickled."""
-        raise copy.Error("a sharded layer cannot be copied or pickled: call moeshard.unshard(model) first")
+        """Refuse to be pickled."""
+        raise pickle.PicklingError(
+            "a sharded layer cannot be pickled, nor a model that has one: its weights are spread over the ranks. "
+            "moeshard.save_pretrained(model, path) writes a checkpoint, moeshard.from_pretrained(cls, path) reads it"
+        )
 
 
 def unobserved(step: str) -> None:
