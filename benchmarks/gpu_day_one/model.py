@@ -43,7 +43,12 @@ def outputs(model, batch):
     """The last hidden states, and what every router chose."""
     chosen = []
     hooks = [
-        module.register_forward_hook(lambda *call: chosen.append(call[2][0]))
+        module.register_forward_hook(
+            # transformers before 5.18 returns it second, and of tokens in one row
+            lambda *call: chosen.append(
+                next(each for each in call[2] if not each.is_floating_point()).reshape(batch["input_ids"].shape[0], -1)
+            )
+        )
         for module in model.modules()
         if isinstance(module, SwitchTransformersTop1Router)
     ]
@@ -58,7 +63,7 @@ def difference(before, after):
     """Largest difference relative to the largest value, over sequences whose routing did not flip; how many did."""
     flipped = torch.zeros(before[0].shape[0], dtype=torch.bool, device="cuda")
     for one, other in zip(before[1], after[1], strict=True):
-        flipped |= (one != other).flatten(1).any(1)
+        flipped |= (one != other).any(1)
     kept = ~flipped
     worst = (before[0][kept] - after[0][kept]).abs().max() / before[0].abs().max()
     return float(worst), int(flipped.sum())
