@@ -17,6 +17,7 @@ from .experts import ExpertWeights, Sizes, storage_name
 from .group import Group, init
 from .interrupts import interrupts_put_off
 from .layer import ShardedExperts, is_replicated
+from .padding import Padding, has_capacity, readers
 from .plans import Plan, PlanChoice, plan_for
 from .streaming import Load, allocate, empty, pack_and_free, unpack_and_free
 
@@ -62,6 +63,7 @@ def shard(
     dtype: object = None,
     tokens: Literal["local", "replicated"] = "local",
     capacity: Capacity = "model",
+    skip_padding: bool = False,
     progress: bool = True,
 ) -> Model:
     """Cut the experts of every MoE layer of a model over the ranks, in place. Collective.
@@ -89,6 +91,9 @@ def shard(
         tokens: ``"local"``: each rank has its own batch; ``"replicated"``: all ranks hold the same.
         capacity: ``"model"``: tokens are dropped as the installed transformers version does; ``None``: never;
             an int: the model's rule with this capacity.
+        skip_padding: do not compute what the experts make of padding, as told by the ``attention_mask`` ``[B, S]`` of
+            integers or booleans that an encoder or decoder is called with. The outputs of all other tokens keep their
+            bits; padding's own change. See ``docs/padding.md``.
         progress: show a progress bar over the experts on rank 0, if tqdm is installed.
 
     Returns:
@@ -113,9 +118,15 @@ def shard(
             _check_capacity(capacity)
             sites = _sites(model, group, plan, dtype)
             facts = _facts(sites, tokens, capacity)
+            facts["skip_padding"] = str(bool(skip_padding))
+            told_by = readers(model, [site.name for site in sites]) if skip_padding else []
+            trailing = any(has_capacity(site.block) for site in sites)
         group.agree(facts)
         with interrupts_put_off():
             model, loads = _replace(model, sites, group, capacity, replicated)
+            paddings = {reader: Padding(reader, trailing=trailing) for reader in dict.fromkeys(told_by)}
+            for reader, (_, original) in zip(told_by, _originals(model), strict=False):
+                original.experts.padding = paddings[reader]
             sites.clear()  # they would keep the originals
             try:
                 pack_and_free(loads, progress and group.rank == 0)
@@ -167,6 +178,8 @@ def unshard(model: Model) -> Model:
             raise
         for places, original in sharded:
             original.adapter.restore(original.block)
+            if original.experts.padding is not None:
+                original.experts.padding.remove()
             model = _put(model, places, original.block)
     return model
 

@@ -16,6 +16,7 @@ from . import _core
 from .experts import ExpertWeights, PackedColumns, Stack, storage_name
 from .functional import without_grad
 from .group import Group, init
+from .padding import Padding
 from .plans import Plan, PlanChoice, plan_for
 from .threads import use_threads
 
@@ -47,6 +48,7 @@ class ShardedExperts(nn.Module):
         device: where the experts are and tokens are expected.
         slots: (token, choice) pairs seen so far, over all ranks. Not counted on CUDA, nor are
         counts: ``[E]`` int64: how many of them each expert got. The others were dropped (index -1).
+        padding: which tokens of the forward pass that runs now are not computed. ``None``: all are.
         on_step: called with the name of each step when it begins, then with ``"done"``: :func:`moeshard.profile`.
     """
 
@@ -62,6 +64,7 @@ class ShardedExperts(nn.Module):
         self.replicated = replicated
         self.slots = 0
         self.counts = np.zeros(packed.num_experts, np.int64)
+        self.padding: Padding | None = None
         self.on_step: Callable[[str], object] = unobserved
         self.device = torch.device("cpu")
         if not isinstance(packed, _core.PackedExperts):
@@ -153,6 +156,8 @@ class ShardedExperts(nn.Module):
 
         Source: arXiv 2503.08467, algorithm 1.
         """
+        if self.padding is not None:
+            top_k_index = self.padding.left_out(top_k_index)
         inputs, packed = (hidden_states, top_k_index, top_k_weights), self.packed
         if isinstance(packed, _core.PackedExperts):
             out = self._on_cpu(packed, *inputs)
