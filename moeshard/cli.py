@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from . import __version__, bench, demo, doctor
 from .bench import encoder
 from .errors import MoeshardError
+from .planner import command as planner
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,8 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     encoder.add_options(command)
     command.set_defaults(run=encoder.run)
 
+    command = commands.add_parser("plan", help=planner.SUMMARY, description=planner.SUMMARY)
+    planner.add_options(command)
+    command.set_defaults(run=planner.run)
+
     summary = "say what moeshard finds on this machine"
     command = commands.add_parser("doctor", help=summary, description=summary)
+    command.add_argument("--calibrate", action="store_true", help="measure it for moeshard plan: about ten seconds")
     command.set_defaults(run=_doctor)
 
     options = parser.parse_args(arguments)
@@ -57,5 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    if options.calibrate:
+        from .planner import calibration
+
+        return calibration.run()
     print(doctor.describe())
     return 0

@@ -7,16 +7,24 @@ encoder, a decoder) is watched: while its forward pass runs, its mask is known t
 
 from __future__ import annotations
 
-import functools
 import inspect
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from . import _core
+
+
+class _Masks(threading.local):
+    """Of the forward passes that run in a thread, the inner one last."""
+
+    def __init__(self) -> None:
+        self.masks: list[torch.Tensor | None] = []
+
+    def __deepcopy__(self, memo: object) -> _Masks:
+        return _Masks()  # nothing runs in a copy
 
 
 class Padding:
@@ -29,42 +37,35 @@ class Padding:
     """
 
     def __init__(self, module: nn.Module, *, trailing: bool) -> None:
-        """Put a forward around the module's own."""
+        """Put itself around the module's forward. An object, so that a copy of the module gets one of its own."""
         self.module = module
         self.trailing = trailing
-        self._running = threading.local()
+        self._running = _Masks()
         self._own = vars(module).get("forward")  # an instance may have been given one already
-        original = module.forward
-        position = list(inspect.signature(original).parameters).index("attention_mask")
+        self._original = module.forward
+        self.__signature__ = inspect.signature(module.forward)  # transformers looks at it
+        self._position = list(self.__signature__.parameters).index("attention_mask")
+        module.forward = self
 
-        @functools.wraps(original)
-        def forward(*args: object, **kwargs: object) -> object:
-            if torch.compiler.is_compiling():  # nothing is left out of a compiled model
-                return original(*args, **kwargs)
-            given = args[position] if len(args) > position else kwargs.get("attention_mask")
-            with self._during(given):
-                return original(*args, **kwargs)
-
-        self._forward = forward
-        module.forward = forward
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        """The module's forward."""
+        if torch.compiler.is_compiling():  # nothing is left out of a compiled model
+            return self._original(*args, **kwargs)
+        given = args[self._position] if len(args) > self._position else kwargs.get("attention_mask")
+        self._running.masks.append(self._real(given))
+        try:
+            return self._original(*args, **kwargs)
+        finally:
+            self._running.masks.pop()
 
     def remove(self) -> None:
         """Give the module its own forward back. Legal twice."""
-        if vars(self.module).get("forward") is not self._forward:
+        if vars(self.module).get("forward") is not self:
             return  # removed already, or wrapped by somebody else since: then it only watches on
         if self._own is None:
             del self.module.forward
         else:
             self.module.forward = self._own
-
-    @contextmanager
-    def _during(self, mask: object) -> Iterator[None]:
-        masks = self._running.__dict__.setdefault("masks", [])
-        masks.append(self._real(mask))
-        try:
-            yield
-        finally:
-            masks.pop()
 
     def _real(self, mask: object) -> torch.Tensor | None:
         """``[B, S]`` bool: the tokens to compute. ``None``: the mask does not say, compute all."""
@@ -84,8 +85,7 @@ class Padding:
         Returns:
             The same shape; ``index`` itself if no mask of this shape is known.
         """
-        masks = self._running.__dict__.get("masks")
-        real = masks[-1] if masks else None
+        real = self._running.masks[-1] if self._running.masks else None
         if real is None or not isinstance(index, torch.Tensor) or real.device != index.device:
             return index
         tokens = index.shape[:-1]
@@ -122,8 +122,13 @@ def readers(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
 
 
 def has_capacity(block: nn.Module) -> bool:
-    """Whether the choices for one token depend on the tokens in front of it (Switch, NLLB)."""
+    """Whether the choices for one token depend on the tokens in front of it in its sequence (Switch)."""
     return any(hasattr(module, "expert_capacity") for module in block.modules())
+
+
+def counts_over_sequences(block: nn.Module) -> bool:
+    """Whether they depend on other sequences' padding too: NLLB, whose router leaves padding out by itself if told."""
+    return any(hasattr(module, "moe_eval_capacity_token_fraction") for module in block.modules())
 
 
 def _takes_a_mask(module: nn.Module) -> bool:

@@ -123,8 +123,12 @@ def test_every_source_file_names_its_licence() -> None:
         "moeshard.bench.encoder",
         "moeshard.cli",
         "moeshard.demo",
+        "moeshard.planner",
+        "moeshard.planner.calibration",
+        "moeshard.planner.command",
         "moeshard.plans",
         "moeshard.profiles",
+        "moeshard.speeds",
         "moeshard.text",
     ],
 )

@@ -295,9 +295,19 @@ INLINE vf v_activate(const ms_activation activation, vf x) {
     return x / (1.0f + v_exp(-1.5957691216057308f * (x + 0.044715f * x * x * x)));
   case MS_SILU:
     return x / (1.0f + v_exp(-x));
+  case MS_CLAMPED_SWIGLU:
+    x = v_select(x > 7.0f, v_set(7.0f), x);
+    return x / (1.0f + v_exp(-1.702f * x));
   default:
     return x;
   }
+}
+
+// What the activated gate is multiplied by.
+INLINE vf v_factor(const ms_activation activation, vf up) {
+  if (activation != MS_CLAMPED_SWIGLU) return up;
+  up = v_select(up > 7.0f, v_set(7.0f), up);
+  return v_select(up < -7.0f, v_set(-7.0f), up) + 1.0f;
 }
 
 INLINE vf v_finished(const float *acc, const float *scale, const float *bias, int64_t n) {
@@ -329,7 +339,7 @@ INLINE void activate_all(const storage s, const ms_activation activation, bool g
           int64_t gate = p * MS_PANEL + v, up = gate + MS_PANEL;
           store_row(s, out, i * out_stride + p / 2 * MS_PANEL + v,
                     v_activate(activation, v_finished(acc, scale, bias, gate)) *
-                        v_finished(acc, scale, bias, up));
+                        v_factor(activation, v_finished(acc, scale, bias, up)));
         }
   }
 }
@@ -346,6 +356,7 @@ INLINE void activate_for(const storage s, ms_activation activation, bool gated, 
     CASE(MS_GELU)
     CASE(MS_GELU_TANH)
     CASE(MS_SILU)
+    CASE(MS_CLAMPED_SWIGLU)
   default:
     activate_all(s, MS_IDENTITY, gated, acc, scale, bias, rows, panels, out, out_stride);
   }

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """skip_padding: real tokens keep their bits, padding is not computed, and no mask outlives its call."""
 
+import copy
 import inspect
+import warnings
 
+import family_models
 import pytest
 import torch
 from switch_models import batch, routers, switch_model
@@ -143,6 +146,43 @@ def test_unshard_gives_the_forward_back_and_keeps_its_signature():
     assert [inspect.signature(stack.forward) for stack in stacks] == before
     moeshard.unshard(model)
     assert not any("forward" in vars(stack) for stack in stacks)
+
+
+def test_a_copy_reads_its_own_masks():
+    model = moeshard.shard(switch_model(), skip_padding=True, progress=False)
+    clone, given = copy.deepcopy(model), ragged(6, 11, 3)
+    assert torch.equal(*(real_outputs(one, given, "encoder")[0] for one in (model, clone)))
+    for one in (model, clone):
+        for _, layer in sharded_layers(one):
+            assert layer.counts.sum() == given["attention_mask"].sum()
+    paddings = [{id(layer.padding) for _, layer in sharded_layers(one)} for one in (model, clone)]
+    assert not paddings[0] & paddings[1]
+
+
+def family(group, name):
+    """Largest difference at real tokens with and without skipping; slots computed with, slots of real tokens."""
+    tokens, computed, choices = [], [], set()
+    for skip in (False, True):
+        model = family_models.FAMILIES[name]()
+        given = family_models.inputs(model, seed=group.rank)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "NLLB-MoE in this version")
+            moeshard.shard(model, group=group, skip_padding=skip, progress=False)
+        tokens.append(family_models.tokens(model, given))
+        layers = sharded_layers(model)
+        computed.append([int(layer.counts.sum()) for _, layer in layers])
+        choices |= {layer.slots // given["attention_mask"].numel() for _, layer in layers}
+    return float((tokens[0] - tokens[1]).abs().max()), *computed, max(choices) * int(given["attention_mask"].sum())
+
+
+@pytest.mark.parametrize("name", family_models.FAMILIES)
+def test_every_family(name):
+    difference, everything, without_padding, real = family(moeshard.init("one"), name)
+    assert difference == 0
+    if name == "nllb":
+        assert without_padding == everything
+    else:
+        assert without_padding == [real] * len(everything) and real < min(everything)
 
 
 def test_a_block_alone_has_no_mask_to_read():
