@@ -122,8 +122,8 @@ def main(path=None):
     (theirs, flipped_theirs), (ours, flipped) = (difference(exact, outputs(model, batch)) for model in (whole, sharded))
     result["float32"] = {"error": ours, "huggingface_error": theirs, "sequences_with_flips": flipped}
     print(
-        f"float32 against the model in float64: largest error {ours:.1e}, HuggingFace's own {theirs:.1e} (of the largest "
-        f"value); sequences of 16 with another choice: {flipped}, {flipped_theirs}"
+        f"float32 against the model in float64: largest error {ours:.1e} of the largest value, "
+        f"HuggingFace's own {theirs:.1e}; sequences of 16 with another choice: {flipped}, {flipped_theirs}"
     )
     if ours > 1.5 * theirs + 1e-6 or flipped > flipped_theirs + 1:
         wrong.append("float32 is further from float64 than HuggingFace is")
