@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws the figures of docs/how_it_works.md into docs/images: computed by moeshard's own plans, not measured.
 
-    python docs/draw.py
+python docs/draw.py
 """
 
 from pathlib import Path
@@ -91,7 +91,9 @@ def steps() -> Figure:
         "combine": "sum over choices,\nthen over ranks",
     }
     for rank, bottom in ((0, 1.75), (1, 0.25)):
-        axes.text(0.05, bottom + 0.5, f"rank {rank}", va="center", fontsize=10, color=palette.RANKS[rank], weight="bold")
+        axes.text(
+            0.05, bottom + 0.5, f"rank {rank}", va="center", fontsize=10, color=palette.RANKS[rank], weight="bold"
+        )
         for place, (step, work) in enumerate(works.items()):
             left = 0.9 + 1.9 * place
             _box(axes, left, bottom, palette.STEPS[step], step, work)
@@ -100,13 +102,24 @@ def steps() -> Figure:
     for place in (1, 4):  # the two exchanges
         left = 0.9 + 1.9 * place + 0.8
         axes.annotate("", (left, 1.27), (left, 1.73), arrowprops={"arrowstyle": "<->", "linewidth": 2})
-    axes.text(0.9 + 1.9 * 2.5 + 0.8, 1.5, "the ranks meet twice: in gather and in combine", ha="center", va="center", fontsize=9)
+    axes.text(
+        0.9 + 1.9 * 2.5 + 0.8,
+        1.5,
+        "the ranks meet twice: in gather and in combine",
+        ha="center",
+        va="center",
+        fontsize=9,
+    )
     return figure
 
 
 def _box(axes: Axes, left: float, bottom: float, colour: str, title: str, text: str) -> None:
-    axes.add_patch(FancyBboxPatch((left, bottom), 1.6, 1, boxstyle="round,pad=0,rounding_size=0.08", fill=False, ec=colour, lw=2))
-    axes.text(left + 0.8, bottom + 0.76, title, ha="center", va="center", fontsize=10, weight="bold", family="monospace")
+    axes.add_patch(
+        FancyBboxPatch((left, bottom), 1.6, 1, boxstyle="round,pad=0,rounding_size=0.08", fill=False, ec=colour, lw=2)
+    )
+    axes.text(
+        left + 0.8, bottom + 0.76, title, ha="center", va="center", fontsize=10, weight="bold", family="monospace"
+    )
     axes.text(left + 0.8, bottom + 0.34, text, ha="center", va="center", fontsize=8)
 
 

@@ -18,8 +18,11 @@ examples:
   moeshard doctor                   is this machine ready, and what to do if not
   moeshard bench --quick            the MoE layer against its rivals, in minutes
 
-exit status: 0 all is well; 1 something failed, an output is wrong or there is a problem (said on standard error or in the
-report); 2 the command line cannot be understood; 130 interrupted.
+exit status:
+  0    all is well
+  1    something failed, an output is wrong or the doctor found a problem: it was said which
+  2    the command line cannot be understood
+  130  interrupted
 """
 
 

@@ -234,9 +234,7 @@ class Profile(Tabular):
                 (0.25, "of_roofline", palette.RED),
             ):
                 shares = [100 * getattr(row, attribute) for row in rows]
-                limit.barh(
-                    places + offset, shares, 0.25, label=attribute.replace("_", " "), **palette.area(colour)
-                )
+                limit.barh(places + offset, shares, 0.25, label=attribute.replace("_", " "), **palette.area(colour))
             limit.axvline(100, color=palette.GREY, linewidth=1, linestyle="--")
             limit.set_xlabel("ffn: % of what this rank can do at most")
             limit.legend(ncols=3, **below)

@@ -7,7 +7,7 @@ block changes that (readers do not see it):
     <!-- example: skip: REASON -->        it cannot run here (it must still be valid Python or shell)
     <!-- example: CI -->                  .ci/run runs these commands itself: it is checked that it does
     <!-- example: root -->                shell: in the root of the repository, not in an empty folder
-    <!-- example: two hosts -->           shell: on each of two hosts, HOST is the name of the first (tests/two_hosts.sh)
+    <!-- example: two hosts -->           shell: on each of two hosts, of which HOST is one (tests/two_hosts.sh)
     <!-- example: file NAME -->           it is saved as NAME for the blocks after it
     <!-- example: part of PATH -->        it must be found in that file, which has tests of its own
     <!-- example: replace OLD => NEW -->  before it runs
@@ -110,7 +110,9 @@ def _inside(comment: str) -> str:
 
 def _marked(page: Path, block: Block, comments: list[tuple[int, str]]) -> Block:
     where = f"{page.name}:{block.line}"
-    assert block.language in LANGUAGES or block.language.startswith("{"), f"{where}: ```{block.language}: expected one of {', '.join(LANGUAGES)}"
+    assert block.language in LANGUAGES or block.language.startswith("{"), (
+        f"{where}: ```{block.language}: expected one of {', '.join(LANGUAGES)}"
+    )
     for at, text in comments:
         marker = MARKER.fullmatch(text)
         assert marker, f"{page.name}:{at}: no such marker: {text}"

@@ -110,7 +110,8 @@ def test_a_reader_that_leaves_ends_the_command_quietly() -> None:
 
 
 def test_ctrl_c_ends_the_command_with_130() -> None:
-    program = "import time; from moeshard import cli, doctor; doctor.run = lambda options: print(1, flush=True) or time.sleep(60); "
+    program = "import time; from moeshard import cli, doctor; "
+    program += "doctor.run = lambda options: print(1, flush=True) or time.sleep(60); "
     running = subprocess.Popen(
         [sys.executable, "-c", program + "raise SystemExit(cli.main(['doctor']))"],
         stdout=subprocess.PIPE,

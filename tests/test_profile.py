@@ -3,9 +3,7 @@
 
 import io
 import json
-import re
 from itertools import pairwise
-from pathlib import Path
 from time import perf_counter_ns
 
 import pytest

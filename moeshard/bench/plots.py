@@ -135,9 +135,7 @@ def _skew(rows: Sequence[Row]) -> "Figure | None":
             bars = [(x, 1e3 * timing.median) for x, timing in enumerate(times) if timing]
             if bars:
                 offsets = [x + (place - len(CONTESTANTS) / 2) * 0.11 for x, _ in bars]
-                axes.bar(
-                    offsets, [height for _, height in bars], 0.11, label=name, **palette.area(COLOURS[name])
-                )
+                axes.bar(offsets, [height for _, height in bars], 0.11, label=name, **palette.area(COLOURS[name]))
         axes.set_xticks(range(len(routings)), routings)
         axes.set_title(f"E = {count}, T = {here[0].case.tokens}, {_named(launch)}", fontsize=10)
         axes.set_xlabel("routing")
