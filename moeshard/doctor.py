@@ -28,8 +28,8 @@ SHARED_MEMORY = Path("/dev/shm")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 MIB, GIB = 2**20, 2**30
 
-# A rank keeps its tokens and its partial outputs of all ranks' tokens there, in float32: 2 ranks with 4,096 tokens each at
-# d_model 768 take 2 * (12 + 24) MiB. A container has 64 MiB unless told otherwise.
+# A rank keeps its tokens and its partial outputs of all ranks' tokens there, in float32: 2 ranks with 4,096 tokens each
+# and d_model 768 take 2 * (12 + 24) MiB. A container has 64 MiB unless told otherwise.
 LEAST_SHARED_MEMORY = 256 * MIB
 
 # (package, oldest version, first version that is too new, what it is for). As in pyproject.toml.
