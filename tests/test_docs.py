@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 
 import moeshard
+from moeshard import palette
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -87,6 +88,18 @@ def test_a_picture_of_a_terminal_shows_its_last_state_and_needs_no_font_from_els
     ElementTree.fromstring(picture)
     with pytest.raises(RuntimeError, match="status 3"):
         record.run([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_colours_are_in_one_place_and_each_can_be_told_without_colour() -> None:
+    sources = [*ROOT.glob("moeshard/**/*.py"), *ROOT.glob("docs/*.py"), *NOTEBOOKS]
+    assert len(sources) > 40
+    for path in sources:
+        if path.name != "palette.py":
+            assert not re.search(r"#[0-9A-Fa-f]{6}\b", path.read_text()), path.name
+    colours = {*palette.RANKS, *palette.STEPS.values()}
+    assert len(colours) == len(palette.RANKS)
+    assert len({palette.area(colour)["hatch"] for colour in colours}) == len(colours)
+    assert len({palette.line(colour)["marker"] for colour in colours}) == len(colours)
 
 
 def test_the_figures_can_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
