@@ -76,7 +76,8 @@ done:
 
 // ---- numbers to run it on, and to check it with ---------------------------------------------------
 
-static void fill(float *values, size_t count, uint64_t seed) { // in [-1, 1); equal seeds, equal values
+static void fill(float *values, size_t count,
+                 uint64_t seed) { // in [-1, 1); equal seeds, equal values
   for (size_t i = 0; i < count; i++) {
     seed = seed * 6364136223846793005u + 1442695040888963407u;
     values[i] = (float)((double)(seed >> 11) * 0x1p-52 - 1);
@@ -114,7 +115,8 @@ int main(int argc, char **argv) {
     return 1;
   }
   double difference = largest_difference(&m, &x);
-  printf("rank %d of %d: out[0][0] = %.6f, relative difference from a double-precision layer %.1e\n",
-         rank, ranks, (double)x.out[0][0], difference);
+  printf(
+      "rank %d of %d: out[0][0] = %.6f, relative difference from a double-precision layer %.1e\n",
+      rank, ranks, (double)x.out[0][0], difference);
   return difference <= 2e-6 ? 0 : 1;
 }

@@ -268,7 +268,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure.supylabel("time of a forward pass (HuggingFace = 1; ms on the bars)", fontsize=10)
     present = [name for name in CONTESTANTS if any(row.contestant == name for row in rows)]
     handles = [Patch(label=NAMES[name], **palette.area(colours[name])) for name in present]
-    handles.append(Patch(color="#000000", alpha=0.3, label="lighter: outside MoE layers"))
+    handles.append(Patch(color="black", alpha=0.3, label="lighter: outside MoE layers"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.savefig(path, dpi=150)
 
