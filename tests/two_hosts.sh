@@ -43,12 +43,11 @@ on_host() { # LETTER COMMAND [WORD...]
     exec "$@"' "host-$host" "$folder/hosts" "$@"
 }
 
+on_host a "$@" &
 on_host b "$@" >"$folder/b.txt" 2>&1 &
-second=$!
 status=0
-on_host a "$@" || status=$?
-if ! wait $second; then
-  cat "$folder/b.txt"
-  status=1
-fi
+for _ in a b; do # one that fails leaves the other waiting for it: that is ended by `finish`
+  wait -n || { status=$?; break; }
+done
+[ $status = 0 ] || cat "$folder/b.txt"
 exit $status
