@@ -74,7 +74,7 @@ demo: build ## a Switch encoder over 2 ranks on real English; DEMO="--experts 64
 
 .PHONY: notebooks
 notebooks: build .venv/.compare ## run the notebooks; installs DeepSpeed, which one of them compares with
-	$(PY) -m pytest --nbmake --nbmake-timeout=120 notebooks
+	$(PY) -m pytest --nbmake --nbmake-timeout=120 --durations=0 notebooks
 
 .PHONY: docs pictures
 docs: build .venv/.docs ## the documentation site: build/docs/index.html
