@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     commands = whole.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add(commands, "demo", demo)
     benchmark = _add(commands, "bench", bench)
-    _add(benchmark.add_subparsers(title="another benchmark", metavar="encoder"), "encoder", encoder)
+    _add(benchmark.add_subparsers(title="another benchmark", metavar="[encoder]"), "encoder", encoder)
     _add(commands, "doctor", doctor)
     return whole
 
