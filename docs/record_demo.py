@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the demo in a terminal and draws what it shows there, docs/demo.svg; docs/demo.json and docs/demo.png with it.
+"""Runs a short demo in a terminal, as `make demo DEMO="..."` does, and draws what it shows there: docs/demo.svg.
 
-python docs/record_demo.py            # as `make demo` does; all three are of one run, which the README quotes
+python docs/record_demo.py [OPTIONS OF THE DEMO]
 """
 
 import fcntl
@@ -22,14 +22,14 @@ from rich.text import Text
 
 DOCS = Path(__file__).parent
 COLUMNS, LINES = 100, 50
-OPTIONS = ["--repeats", "3", "--json", "docs/demo.json", "--plot", "docs/demo.png"]
-COMMAND = f'make demo DEMO="{" ".join(OPTIONS)}"'
+OPTIONS = ["--tokens", "2048", "--repeats", "1"]
 
 
 def main() -> None:
     """Run, record, draw."""
-    shown = screen(run([sys.executable, "-m", "moeshard", "demo", *(sys.argv[1:] or OPTIONS)]))
-    (DOCS / "demo.svg").write_text(svg(f"$ {COMMAND}\n{shown}"))
+    options = sys.argv[1:] or OPTIONS
+    shown = screen(run([sys.executable, "-m", "moeshard", "demo", *options]))
+    (DOCS / "demo.svg").write_text(svg(f'$ make demo DEMO="{" ".join(options)}"\n{shown}'))
 
 
 def run(command: list[str]) -> str:
