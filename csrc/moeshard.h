@@ -9,6 +9,7 @@
 //   chapter 3  group    which rows each expert multiplies                  step3_group.c
 //   chapter 4  ffn      both matrices of every expert, this rank's columns step4_ffn.c
 //   chapter 5  combine  sum of the k choices, then of the ranks            step5_combine.c
+//   at the end: the slow twins; the planner                                reference.c, plan/
 //
 // A layer is five calls on one ms_batch:
 //
@@ -373,6 +374,125 @@ void ms_reference_layer(const float *hidden, const int32_t *index, const float *
                         ms_activation activation, bool gated, double *out);
 void ms_reference_group(const int32_t *index, int64_t slots, int32_t E, int64_t *offset,
                         int32_t *order);
+
+// ---- the planner: what a table costs, and which one to take (csrc/plan) ----------------------------------
+// Predicted times, from a description of the machine and of the routing: csrc/plan/cost.c says how.
+
+typedef struct ms_link { // between two ranks, one direction
+  double latency;        // seconds of a message of no bytes
+  double message;        // seconds more for each further message at the same time
+  double bandwidth;      // bytes per second of one rank; INFINITY is legal
+} ms_link;
+
+// The machine. Arrays are borrowed, [R]. Ranks of one host have consecutive numbers.
+typedef struct ms_cluster {
+  int32_t R;
+  const double *flops;     // peak flops per second of each rank, for the dtype of the layer
+  const double *bandwidth; // bytes per second that a rank reads from its memory when it is alone
+  const double *memory;    // bytes that its weights may take; INFINITY: no limit
+  const int32_t *host;     // number of its host, not descending
+  double
+      host_bandwidth; // bytes per second that all ranks of a host read together; INFINITY: each has its own
+  ms_link inside, between; // ranks of one host, of different hosts
+  double step;             // seconds that each of the five steps costs whatever its size
+  double expert;           // seconds that each expert with rows costs a rank
+  double slot;             // seconds of group, for each (token, choice)
+  double router;           // seconds that the model's router costs whatever its size
+  double logit;           // seconds of route, for each (token, expert), beside the router's product
+  double flops_share;     // of the peak, that large products reach
+  double bandwidth_share; // of the bandwidth, that streaming weights reaches
+  double idle_rows;       // an expert's rows cost arithmetic as if they were so many more
+  int64_t panel;          // columns are computed and stored in multiples of this many
+} ms_cluster;
+
+// A layer and what its tokens do. Arrays are borrowed.
+typedef struct ms_moe_layer {
+  int32_t E, K;
+  int64_t D, F;
+  int32_t matrices;     // of D x F weights in an expert: 2, gated 3
+  int32_t weight_size;  // bytes of a stored weight
+  int32_t token_size;   // bytes of an element of a token
+  const double *tokens; // [R] tokens of each rank
+  const double *load;   // [E] (token, choice) pairs of all ranks that want each expert
+  bool
+      exact; // load is the count of one batch; else the mean over batches, each token choosing at random
+} ms_moe_layer;
+
+typedef struct ms_cost { // seconds, of the slowest rank
+  double route, gather, group, ffn, combine, total;
+  bool
+      sparse; // the exchange is all-to-all: a token goes to the ranks that hold one of its experts, not to all
+} ms_cost;
+
+// What each rank does: arrays [R] of the caller; any may be NULL.
+typedef struct ms_rank_costs {
+  double *ffn;      // seconds of group and ffn
+  double *memory;   // bytes of weights
+  double *gathered; // bytes that arrive in gather
+  double *combined; // bytes that arrive in combine
+} ms_rank_costs;
+
+// Predict the time of one layer under any table that is correct (ms_plan_check).
+// A copy of an expert gets 1/c of its tokens, those of its own ranks first.
+// Cost: O(R * E), allocates as much. Errors: MS_EINVAL a number that is not positive or not finite where it must be, or
+// sizes that do not fit; MS_ENOMEM.
+ms_status ms_plan_cost(const ms_plan *plan, const ms_cluster *cluster, const ms_moe_layer *layer,
+                       ms_cost *out, const ms_rank_costs *ranks, ms_error *err);
+
+typedef enum ms_layout_kind { // of simple ones first: the first of equals is taken
+  MS_LAYOUT_SHARD = 0,        // every expert over every rank, near-equal widths
+  MS_LAYOUT_UNEVEN,           // the same, widths by the speed of the ranks
+  MS_LAYOUT_EXPERT,           // each expert whole on one rank, contiguous blocks
+  MS_LAYOUT_BALANCED, // the same, the longest experts first, each to the rank that is done first (LPT)
+  MS_LAYOUT_HYBRID,      // groups of ranks in the place of ranks; inside, experts are cut
+  MS_LAYOUT_HOT_SHARDED, // the hottest experts over all ranks, the others as above
+  MS_LAYOUT_HOT_COPIED,  // the hottest experts once for every hot_group ranks, the others as above
+  MS_LAYOUT_MIXED, // found by looking at every table (tiny layers only); copies only if those are wanted
+  MS_LAYOUT_KINDS
+} ms_layout_kind;
+
+typedef struct ms_candidate { // the best of its kind (of its kind and group, for MS_LAYOUT_HYBRID)
+  ms_layout_kind kind;
+  int32_t group;     // ranks that share an expert
+  int32_t hot;       // experts that are placed otherwise
+  int32_t hot_group; // ranks that share one copy of such an expert
+  bool fits;         // into the memory of every rank
+  double memory;     // bytes on the fullest rank
+  ms_cost cost;
+} ms_candidate;
+
+enum { MS_CANDIDATES = 64 };
+
+// Find the layout with the least predicted time that fits. `kinds` is a mask of 1 << ms_layout_kind.
+//   out         the table; owned by the caller afterwards
+//   candidates  [MS_CANDIDATES]; count of them are filled, chosen is the index of the one in out
+//   proven      every table was looked at: there is none with a smaller prediction. May be NULL. Sizes up to E = 6, R = 3, with
+//               widths in quarters of F
+// Cost: some 100 tables are built and predicted, each O(parts). E=128, R=8: some ms; E=2048, R=1024: seconds.
+// Errors: as ms_plan_cost; MS_ERANGE nothing fits, with the bytes that the smallest layout needs.
+ms_status ms_plan_search(const ms_cluster *cluster, const ms_moe_layer *layer, uint32_t kinds,
+                         ms_plan *out, ms_candidate *candidates, int32_t *count, int32_t *chosen,
+                         bool *proven, ms_error *err);
+
+typedef struct ms_simulation {
+  int32_t steps; // how many times the layer runs
+  int32_t
+      chunks; // the tokens come in so many pieces; a piece travels while another is computed. 1: no overlap
+  double jitter; // each rank's ffn takes exp(jitter * normal) times its prediction
+  double slow_chance,
+      slow_factor; // of a rank in a step, to be a straggler, and how many times slower it is then
+  bool drift;      // which experts are popular changes with every step: loads change places
+  uint64_t seed;
+} ms_simulation;
+
+// Run a layer many times on paper: every step draws its own routing from the loads (Poisson, each expert by itself).
+//   seconds  [steps] time of each step
+//   busy     mean share of the ranks' time that ffn takes. May be NULL
+// The same seed gives the same numbers on every machine with the same C library.
+// Cost: steps * O(parts), allocates O(parts). Errors: as ms_plan_cost; MS_EINVAL a bad number of the simulation.
+ms_status ms_plan_simulate(const ms_plan *plan, const ms_cluster *cluster,
+                           const ms_moe_layer *layer, const ms_simulation *simulation,
+                           double *seconds, double *busy, ms_error *err);
 
 #ifdef __cplusplus
 }

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .group import Group, init
     from .launcher import Ranks, launch, worker_state
     from .layer import ShardedExperts
+    from .planner import ModelPlan, plan
     from .plans import Plan
     from .profiles import Profile, profile
     from .reports import Report, report
@@ -56,6 +57,7 @@ __all__ = [
     "DTypeError",
     "ExpertWeights",
     "Group",
+    "ModelPlan",
     "MoeshardError",
     "PackedExperts",
     "PeerError",
@@ -72,6 +74,7 @@ __all__ = [
     "init",
     "launch",
     "pack",
+    "plan",
     "profile",
     "register_adapter",
     "report",
@@ -90,6 +93,7 @@ _ROOMS = {
     "group": ("Group", "init"),
     "launcher": ("Ranks", "launch", "worker_state"),
     "layer": ("ShardedExperts",),
+    "planner": ("ModelPlan", "plan"),
     "plans": ("Plan",),
     "profiles": ("Profile", "profile"),
     "reports": ("Report", "report"),

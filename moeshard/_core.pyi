@@ -180,3 +180,25 @@ class Exchange:
 
 def exchange_one() -> Exchange: ...
 def exchange_shm(name: str, rank: int, ranks: int, timeout: float) -> Exchange: ...
+
+# the planner
+# The cost model's arguments; help(plan_cost) says what is where, moeshard/planner makes them.
+_Machine = tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike, ArrayLike]
+_Layer = tuple[ArrayLike, ArrayLike, int, int, int, int, int, int, bool]
+_Cost = tuple[float, float, float, float, float, float, bool]
+_Candidate = tuple[int, int, int, int, bool, float, _Cost]
+
+def plan_cost(
+    columns: ArrayLike, copies: ArrayLike | None, machine: _Machine, layer: _Layer, /
+) -> tuple[_Cost, NDArray[np.float64]]: ...
+def plan_search(
+    machine: _Machine, layer: _Layer, kinds: int, /
+) -> tuple[NDArray[np.int64], NDArray[np.int32], list[_Candidate], int, bool]: ...
+def plan_simulate(
+    columns: ArrayLike,
+    copies: ArrayLike | None,
+    machine: _Machine,
+    layer: _Layer,
+    simulation: tuple[int, int, float, float, float, bool, int],
+    /,
+) -> tuple[NDArray[np.float64], float]: ...

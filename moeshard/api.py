@@ -17,6 +17,7 @@ from .experts import ExpertWeights, Sizes, storage_name
 from .group import Group, init
 from .interrupts import interrupts_put_off
 from .layer import ShardedExperts, is_replicated
+from .planner.results import ModelPlan
 from .plans import Plan, PlanChoice, plan_for
 from .streaming import Load, allocate, empty, pack_and_free, unpack_and_free
 
@@ -83,7 +84,8 @@ def shard(
             weights on every rank; on the CPU, or on this rank's CUDA device, which then runs the layers.
         group: the ranks. ``None``: :func:`moeshard.init`.
         plan: the layout of each MoE layer. ``"auto"``, ``"shard"``: every expert over every rank;
-            ``"expert_parallel"``: each expert whole on one rank; or a :class:`moeshard.Plan`.
+            ``"expert_parallel"``: each expert whole on one rank; a :class:`moeshard.Plan`; or what
+            :func:`moeshard.plan` found for each layer.
         dtype: storage of the experts: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"int8"`` (weights within half a
             scale, see ``docs/numerics.md``) or torch's. ``None``: as it is.
         tokens: ``"local"``: each rank has its own batch; ``"replicated"``: all ranks hold the same.
@@ -200,6 +202,8 @@ def _sites(model: nn.Module, group: Group, plan: PlanChoice, dtype: object) -> l
                 f"on {site.sizes.device}; a rank works on one: model.to({first.sizes.device!r})"
             )
     _check_not_shared(model, sites)
+    if isinstance(plan, ModelPlan):
+        plan.check_layers([site.name for site in sites])
     return sites
 
 
@@ -221,7 +225,7 @@ def _site(
     try:
         weights = adapter.weights(block)
         sizes = weights.sizes()
-        table = plan_for(plan, group.size, sizes.num_experts, sizes.d_ff)
+        table = plan_for(plan, group.size, sizes.num_experts, sizes.d_ff, name)
     except _core.MoeshardError as error:
         raise type(error)(f"{where}: {error}") from error
     return Site(

@@ -10,12 +10,15 @@ from typing import Any
 from . import __version__, bench, demo, doctor
 from .bench import encoder
 from .errors import MoeshardError
+from .planner import command as planner
 
 DESCRIPTION = "Balanced Mixture-of-Experts inference: every expert cut over every rank, no token dropped."
 EXAMPLES = """\
 examples:
   moeshard demo                     a Switch encoder on 2 ranks, beside HuggingFace's own
   moeshard doctor                   is this machine ready, and what to do if not
+  moeshard plan --preset switch-base-128 --ranks 4 --skew 0.6:0.1
+                                    which layout its layers should have, why, and what it costs
   moeshard bench --quick            the MoE layer against its rivals, in minutes
 
 exit status:
@@ -73,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     _add(commands, "demo", demo)
     benchmark = _add(commands, "bench", bench)
     _add(benchmark.add_subparsers(title="another benchmark", metavar="[encoder]"), "encoder", encoder)
+    _add(commands, "plan", planner)
     _add(commands, "doctor", doctor)
     return whole
 

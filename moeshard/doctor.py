@@ -99,6 +99,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         parser: of the subcommand.
     """
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--calibrate", action="store_true", help="measure this machine for moeshard plan: ten seconds")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -109,7 +110,14 @@ def run(options: argparse.Namespace) -> int:
 
     Returns:
         0, or 1 if there is a problem. What is only missing or slow is no problem.
+
+    Raises:
+        OSError: the calibration cannot be written.
     """
+    if options.calibrate:
+        from .planner import calibration
+
+        return calibration.run()
     findings = examine()
     problems = [finding for finding in findings if finding.state == "problem"]
     if options.json:

@@ -6,12 +6,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
+
+if TYPE_CHECKING:
+    from .planner.results import ModelPlan
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -231,11 +234,25 @@ class Plan:
         )
 
 
-PlanChoice = Plan | Literal["auto", "shard", "expert_parallel"]
+PlanChoice: TypeAlias = 'Plan | ModelPlan | Literal["auto", "shard", "expert_parallel"]'
 
 
-def plan_for(plan: PlanChoice, ranks: int, num_experts: int, d_ff: int) -> Plan:
-    """The plan of a layer of this size; ``"auto"`` is the shard layout. A Plan must fit it."""
+def plan_for(plan: PlanChoice, ranks: int, num_experts: int, d_ff: int, layer: str = "") -> Plan:
+    """The plan of a layer of this size; ``"auto"`` is the shard layout. A Plan must fit it.
+
+    Args:
+        plan: a choice of the user's.
+        ranks: number of ranks R.
+        num_experts: number of experts E.
+        d_ff: hidden width F of each expert.
+        layer: its name, by which it is found in a :class:`moeshard.ModelPlan`; without one, the only layer there.
+
+    Raises:
+        ShapeError: the plan is for other sizes.
+        ArgumentError: the plan has no such layer, or is none.
+    """
+    if not isinstance(plan, (Plan, str)) and hasattr(plan, "for_layer"):
+        plan = plan.for_layer(layer)
     if isinstance(plan, Plan):
         found = (plan.ranks, plan.num_experts, plan.d_ff)
         if found != (ranks, num_experts, d_ff):
@@ -252,7 +269,10 @@ def plan_for(plan: PlanChoice, ranks: int, num_experts: int, d_ff: int) -> Plan:
         return Plan.shard(ranks, num_experts, d_ff)
     if plan == "expert_parallel":
         return Plan.expert_parallel(ranks, num_experts, d_ff)
-    raise _core.ArgumentError(f"plan: expected a moeshard.Plan, 'auto', 'shard' or 'expert_parallel', got {plan!r}")
+    raise _core.ArgumentError(
+        "plan: expected a moeshard.Plan, what moeshard.plan returned, 'auto', 'shard' or 'expert_parallel', got "
+        f"{plan!r}"
+    )
 
 
 def _span(values: NDArray[np.int64]) -> str:

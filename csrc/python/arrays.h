@@ -19,6 +19,11 @@ PyArrayObject *array_take(core_state *state, PyObject *like, const array_need *n
 // [E] int64 numbers as int32 in memory of malloc; NULL with an exception set.
 int32_t *array_take_int32(core_state *state, PyObject *like, const char *name, int64_t count);
 
+// A column table (plan.c), borrowed from `columns`, all of it but F; copies None: one of each expert; out->copies is freed
+// with free. 0, or -1 with an exception set.
+int core_take_plan(core_state *state, PyObject *table, PyObject *copies, PyArrayObject **columns,
+                   ms_plan *out);
+
 // A new array with room for its elements. NULL with an exception set.
 PyObject *array_new(int type, int32_t ndim, int64_t rows, int64_t columns);
 // A new array with a copy of data, which may be NULL when there is no element.

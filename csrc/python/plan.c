@@ -155,9 +155,8 @@ static PyObject *plan_hybrid(PyObject *module, PyObject *args, PyObject *kwargs)
   return finish(state, status, &plan, &err);
 }
 
-// A table from Python, borrowed from `columns`; copies are freed with free. -1 with an exception set.
-static int take_plan(core_state *state, PyObject *table, PyObject *copies, PyArrayObject **columns,
-                     ms_plan *out) {
+int core_take_plan(core_state *state, PyObject *table, PyObject *copies, PyArrayObject **columns,
+                   ms_plan *out) {
   array_need need = {
       .name = "columns", .type = NPY_INT64, .ndim = 3, .shape = {-1, -1, 2}, .dims = "R, E, 2"};
   *out = (ms_plan){0};
@@ -207,7 +206,7 @@ static PyObject *plan_check(PyObject *module, PyObject *args, PyObject *kwargs) 
   if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OL|O:plan_check", names, &table, &F, &copies))
     return NULL;
   if (F < 1) return core_fail(state, MS_EINVAL, "d_ff: got %lld, expected at least 1", F);
-  if (take_plan(state, table, copies, &columns, &plan)) return NULL;
+  if (core_take_plan(state, table, copies, &columns, &plan)) return NULL;
   plan.F = F;
   PyThreadState *gil = PyEval_SaveThread();
   ms_status status = ms_plan_check(&plan, &err);
@@ -242,7 +241,7 @@ static PyObject *plan_work(PyObject *module, PyObject *args, PyObject *kwargs) {
   if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|O:plan_work", names, &table, &histogram,
                                    &copies))
     return NULL;
-  if (take_plan(state, table, copies, &columns, &plan)) return NULL;
+  if (core_take_plan(state, table, copies, &columns, &plan)) return NULL;
   char dims[32];
   snprintf(dims, sizeof dims, "E=%d", plan.E);
   array_need need = {
@@ -257,7 +256,265 @@ done:
   return work;
 }
 
+// ---- the cost model -------------------------------------------------------------------------------------
+// A machine and a layer come as tuples of arrays and numbers; moeshard/planner makes them.
+
+typedef struct described { // what the C structs point into
+  PyArrayObject *flops, *bandwidth, *memory, *constants, *tokens, *load;
+  int32_t *host;
+  ms_cluster cluster;
+  ms_moe_layer layer;
+} described;
+
+static void described_drop(described *d) {
+  Py_XDECREF((PyObject *)d->flops);
+  Py_XDECREF((PyObject *)d->bandwidth);
+  Py_XDECREF((PyObject *)d->memory);
+  Py_XDECREF((PyObject *)d->constants);
+  Py_XDECREF((PyObject *)d->tokens);
+  Py_XDECREF((PyObject *)d->load);
+  free(d->host);
+  *d = (described){0};
+}
+
+static PyArrayObject *take_numbers(core_state *state, PyObject *like, const char *name, int64_t n) {
+  char dims[32] = "N";
+  if (n >= 0) snprintf(dims, sizeof dims, "%lld", (long long)n);
+  array_need need = {.name = name, .type = NPY_DOUBLE, .ndim = 1, .shape = {n}, .dims = dims};
+  return array_take(state, like, &need);
+}
+
+enum { CONSTANTS = 16 };
+
+// 0, or -1 with an exception set; described_drop either way.
+static int described_take(core_state *state, PyObject *machine, PyObject *layer, described *d) {
+  PyObject *flops, *bandwidth, *memory, *host, *constants, *tokens, *load;
+  long long D, F, E;
+  int K, matrices, weight_size, token_size, exact;
+  *d = (described){0};
+  if (!PyArg_ParseTuple(machine, "OOOOO;machine", &flops, &bandwidth, &memory, &host, &constants))
+    return -1;
+  if (!PyArg_ParseTuple(layer, "OOLLiiiip;layer", &tokens, &load, &D, &F, &K, &matrices,
+                        &weight_size, &token_size, &exact))
+    return -1;
+  if (!(d->flops = take_numbers(state, flops, "flops", -1))) return -1;
+  long long R = PyArray_DIM(d->flops, 0);
+  if (!(d->bandwidth = take_numbers(state, bandwidth, "bandwidth", R)) ||
+      !(d->memory = take_numbers(state, memory, "memory", R)) ||
+      !(d->host = array_take_int32(state, host, "host", R)) ||
+      !(d->constants = take_numbers(state, constants, "constants", CONSTANTS)) ||
+      !(d->tokens = take_numbers(state, tokens, "tokens", R)) ||
+      !(d->load = take_numbers(state, load, "load", -1)))
+    return -1;
+  E = PyArray_DIM(d->load, 0);
+  const double *c = PyArray_DATA(d->constants);
+  d->cluster = (ms_cluster){.flops = PyArray_DATA(d->flops),
+                            .bandwidth = PyArray_DATA(d->bandwidth),
+                            .memory = PyArray_DATA(d->memory),
+                            .host = d->host,
+                            .host_bandwidth = c[0],
+                            .inside = {c[1], c[2], c[3]},
+                            .between = {c[4], c[5], c[6]},
+                            .step = c[7],
+                            .expert = c[8],
+                            .slot = c[9],
+                            .router = c[10],
+                            .logit = c[11],
+                            .flops_share = c[12],
+                            .bandwidth_share = c[13],
+                            .idle_rows = c[14],
+                            .panel = (int64_t)c[15]};
+  d->layer = (ms_moe_layer){.K = K,
+                            .D = D,
+                            .F = F,
+                            .matrices = matrices,
+                            .weight_size = weight_size,
+                            .token_size = token_size,
+                            .tokens = PyArray_DATA(d->tokens),
+                            .load = PyArray_DATA(d->load),
+                            .exact = exact};
+  return core_int32(state, "ranks", R, &d->cluster.R) &&
+                 core_int32(state, "num_experts", E, &d->layer.E)
+             ? 0
+             : -1;
+}
+
+// (route, gather, group, ffn, combine, total, sparse)
+static PyObject *cost_tuple(const ms_cost *cost) {
+  return Py_BuildValue("(ddddddN)", cost->route, cost->gather, cost->group, cost->ffn,
+                       cost->combine, cost->total, PyBool_FromLong(cost->sparse));
+}
+
+PyDoc_STRVAR(cost_doc,
+             "plan_cost($module, columns, copies, machine, layer, /)\n--\n\n"
+             "Predict the time of one layer under a table.\n\n"
+             "Args:\n"
+             "    columns: [R, E, 2] integers, as plan_shard returns.\n"
+             "    copies: [E] integers, or None: one.\n"
+             "    machine: (flops [R], bandwidth [R], memory [R], host [R], constants "
+             "[14]); the constants are\n"
+             "        host_bandwidth, latency, message and bandwidth inside a host, the same "
+             "between hosts, step, expert, slot,\n"
+             "        router, logit, flops_share, bandwidth_share, idle_rows, panel "
+             "(csrc/moeshard.h, ms_cluster).\n"
+             "    layer: (tokens [R], load [E], d_model, d_ff, top_k, matrices, "
+             "weight_size, token_size, exact).\n\n"
+             "Returns:\n"
+             "    ((route, gather, group, ffn, combine, total, sparse), ranks): seconds "
+             "of the slowest rank; ranks is\n"
+             "    [4, R] float64: seconds of ffn, bytes of weights, bytes that arrive in "
+             "gather, in combine.\n\n"
+             "Raises:\n"
+             "    ArgumentError, ShapeError, DTypeError: a number or an array that does "
+             "not fit; says which.\n");
+
+static PyObject *plan_cost(PyObject *module, PyObject *args) {
+  core_state *state = PyModule_GetState(module);
+  PyObject *table, *copies, *machine, *layer, *ranks = NULL, *result = NULL;
+  PyArrayObject *columns = NULL;
+  ms_plan plan = {0};
+  described d = {0};
+  if (!PyArg_ParseTuple(args, "OOO!O!:plan_cost", &table, &copies, &PyTuple_Type, &machine,
+                        &PyTuple_Type, &layer))
+    return NULL;
+  if (described_take(state, machine, layer, &d)) goto done;
+  if (core_take_plan(state, table, copies, &columns, &plan)) goto done;
+  plan.F = d.layer.F;
+  if (!(ranks = array_new(NPY_DOUBLE, 2, 4, d.cluster.R))) goto done;
+  double *at = array_data(ranks);
+  ms_rank_costs each = {at, at + d.cluster.R, at + 2 * d.cluster.R, at + 3 * d.cluster.R};
+  ms_cost cost;
+  ms_error err;
+  PyThreadState *gil = PyEval_SaveThread();
+  ms_status status = ms_plan_cost(&plan, &d.cluster, &d.layer, &cost, &each, &err);
+  PyEval_RestoreThread(gil);
+  if (status == MS_OK)
+    result = Py_BuildValue("(NO)", cost_tuple(&cost), ranks);
+  else
+    core_raise(state, &err);
+done:
+  free(plan.copies);
+  Py_XDECREF((PyObject *)columns);
+  Py_XDECREF(ranks);
+  described_drop(&d);
+  return result;
+}
+
+PyDoc_STRVAR(
+    search_doc,
+    "plan_search($module, machine, layer, kinds, /)\n--\n\n"
+    "Find the layout with the least predicted time that fits into memory.\n\n"
+    "Args:\n"
+    "    machine, layer: as in plan_cost.\n"
+    "    kinds: a mask of 1 << kind: 0 shard, 1 uneven shard, 2 expert parallel, 3 the same "
+    "balanced, 4 hybrid,\n"
+    "        5 hot experts sharded, 6 hot experts copied, 7 every table of a tiny layer.\n\n"
+    "Returns:\n"
+    "    (columns [R, E, 2] int64, copies [E] int32, candidates, chosen, proven). A candidate is\n"
+    "    (kind, group, hot, hot_group, fits, memory, cost), the cost as in plan_cost.\n\n"
+    "Raises:\n"
+    "    RangeError: nothing fits into memory.\n"
+    "    ArgumentError, ShapeError, DTypeError: as in plan_cost.\n");
+
+static PyObject *plan_search(PyObject *module, PyObject *args) {
+  core_state *state = PyModule_GetState(module);
+  PyObject *machine, *layer, *columns = NULL, *copies = NULL, *list = NULL, *result = NULL;
+  unsigned int kinds;
+  described d = {0};
+  ms_plan plan = {0};
+  if (!PyArg_ParseTuple(args, "O!O!I:plan_search", &PyTuple_Type, &machine, &PyTuple_Type, &layer,
+                        &kinds))
+    return NULL;
+  if (described_take(state, machine, layer, &d)) goto done;
+  ms_candidate found[MS_CANDIDATES];
+  int32_t count, chosen;
+  bool proven;
+  ms_error err;
+  PyThreadState *gil = PyEval_SaveThread();
+  ms_status status =
+      ms_plan_search(&d.cluster, &d.layer, kinds, &plan, found, &count, &chosen, &proven, &err);
+  PyEval_RestoreThread(gil);
+  if (status != MS_OK) {
+    core_raise(state, &err);
+    goto done;
+  }
+  npy_intp shape[3] = {plan.R, plan.E, 2}, experts[1] = {plan.E};
+  if (!(columns = PyArray_SimpleNew(3, shape, NPY_INT64))) goto done;
+  memcpy(array_data(columns), plan.columns, (size_t)PyArray_NBYTES((PyArrayObject *)columns));
+  if (!(copies = PyArray_SimpleNew(1, experts, NPY_INT32))) goto done;
+  memcpy(array_data(copies), plan.copies, (size_t)PyArray_NBYTES((PyArrayObject *)copies));
+  if (!(list = PyList_New(count))) goto done;
+  for (int32_t i = 0; i < count; i++) {
+    const ms_candidate *c = &found[i];
+    PyObject *entry = Py_BuildValue("(iiiiNdN)", (int)c->kind, c->group, c->hot, c->hot_group,
+                                    PyBool_FromLong(c->fits), c->memory, cost_tuple(&c->cost));
+    if (!entry || PyList_SetItem(list, i, entry)) goto done;
+  }
+  result = Py_BuildValue("(OOOiN)", columns, copies, list, chosen, PyBool_FromLong(proven));
+done:
+  Py_XDECREF(columns);
+  Py_XDECREF(copies);
+  Py_XDECREF(list);
+  ms_plan_free(&plan);
+  described_drop(&d);
+  return result;
+}
+
+PyDoc_STRVAR(simulate_doc,
+             "plan_simulate($module, columns, copies, machine, layer, simulation, /)\n--\n\n"
+             "Run a layer many times on paper.\n\n"
+             "Args:\n"
+             "    columns, copies, machine, layer: as in plan_cost; exact is ignored.\n"
+             "    simulation: (steps, chunks, jitter, slow_chance, slow_factor, drift, seed), see "
+             "ms_simulation.\n\n"
+             "Returns:\n"
+             "    (seconds [steps] float64, mean share of the ranks' time that ffn takes).\n\n"
+             "Raises:\n"
+             "    ArgumentError, ShapeError, DTypeError: as in plan_cost.\n");
+
+static PyObject *plan_simulate(PyObject *module, PyObject *args) {
+  core_state *state = PyModule_GetState(module);
+  PyObject *table, *copies, *machine, *layer, *seconds = NULL, *result = NULL;
+  PyArrayObject *columns = NULL;
+  ms_plan plan = {0};
+  described d = {0};
+  ms_simulation how;
+  int steps, chunks, drift;
+  unsigned long long seed;
+  if (!PyArg_ParseTuple(args, "OOO!O!(iidddpK):plan_simulate", &table, &copies, &PyTuple_Type,
+                        &machine, &PyTuple_Type, &layer, &steps, &chunks, &how.jitter,
+                        &how.slow_chance, &how.slow_factor, &drift, &seed))
+    return NULL;
+  how.steps = steps;
+  how.chunks = chunks;
+  how.drift = drift;
+  how.seed = seed;
+  if (described_take(state, machine, layer, &d)) goto done;
+  if (core_take_plan(state, table, copies, &columns, &plan)) goto done;
+  plan.F = d.layer.F;
+  if (!(seconds = array_new(NPY_DOUBLE, 1, steps > 0 ? steps : 1, 0))) goto done;
+  double busy;
+  ms_error err;
+  PyThreadState *gil = PyEval_SaveThread();
+  ms_status status =
+      ms_plan_simulate(&plan, &d.cluster, &d.layer, &how, array_data(seconds), &busy, &err);
+  PyEval_RestoreThread(gil);
+  if (status == MS_OK)
+    result = Py_BuildValue("(Od)", seconds, busy);
+  else
+    core_raise(state, &err);
+done:
+  free(plan.copies);
+  Py_XDECREF((PyObject *)columns);
+  Py_XDECREF(seconds);
+  described_drop(&d);
+  return result;
+}
+
 static PyMethodDef functions[] = {
+    {"plan_cost", plan_cost, METH_VARARGS, cost_doc},
+    {"plan_search", plan_search, METH_VARARGS, search_doc},
+    {"plan_simulate", plan_simulate, METH_VARARGS, simulate_doc},
     {"plan_shard", (PyCFunction)(void (*)(void))plan_shard, METH_VARARGS | METH_KEYWORDS,
      shard_doc},
     {"plan_expert_parallel", (PyCFunction)(void (*)(void))plan_expert_parallel,
