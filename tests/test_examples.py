@@ -73,11 +73,12 @@ def test_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
                 pytest.skip("making two hosts needs root")
             command[-1] = command[-1].replace("HOST", "host-a")
             command = [str(ROOT / "tests/two_hosts.sh"), *command]
-        run(command, ROOT if block.at_root else tmp_path)
+        said = run(command, ROOT if block.at_root else tmp_path)
+        assert not block.hosts or "gloo" in said, "ranks of two hosts cannot share memory"
 
 
-def run(command: list[str], folder: Path) -> None:
-    """Run a command as a reader would: with this Python's commands, without the hub."""
+def run(command: list[str], folder: Path) -> str:
+    """What a command says if it is run as a reader would: with this Python's commands, without the hub."""
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -88,6 +89,7 @@ def run(command: list[str], folder: Path) -> None:
         command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=580, env=environment
     )
     assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
 
 
 def blocks(*languages: str) -> list[object]:
