@@ -102,8 +102,9 @@ test: build ## lint, C tests, pytest with the older transformers, pytest
 	$(PY) -m pytest tests --ignore=tests/cuda $(PYTEST)
 
 .PHONY: test-old
-test-old: build ## the Switch tests with transformers 4.57
-	PYTHONPATH=$(OLD) $(PY) -m pytest -q tests/test_switch*.py $(PYTEST)
+test-old: build ## the tests of whole models with transformers 4.57
+	PYTHONPATH=$(OLD) $(PY) -m pytest -q tests/test_switch*.py tests/test_families.py tests/test_loading.py \
+	  tests/test_saving.py $(PYTEST)
 
 .PHONY: test-compare
 test-compare: build .venv/.compare ## against DeepSpeed's MoE layer and HuggingFace on 2 ranks; installs DeepSpeed
@@ -170,11 +171,21 @@ SIMULATOR := $(if $(REAL_GPU),,tests/ptxsim/build)
 # A program named *_sm90 is for compute capability 9.0 and is told so; the others run as on an A100.
 RUN_GPU := $(if $(REAL_GPU),,LD_LIBRARY_PATH=$(CURDIR)/$(SIMULATOR))
 
-.PHONY: test-gpu
-test-gpu: build $(GPU)/.built $(GPU_TESTS) $(SIMULATOR) ## the CUDA engine, on a GPU or without one; needs nvcc
+.PHONY: test-gpu test-gpu-engine test-gpu-plants
+test-gpu: test-gpu-engine $(if $(REAL_GPU),,test-gpu-plants) ## the CUDA engine, on a GPU or without one; needs nvcc
+test-gpu-engine: build $(GPU)/.built $(GPU_TESTS) $(SIMULATOR)
 	@for program in $(GPU_TESTS); do echo "$$program"; \
 	  case $$program in *_sm90) sm=90;; *) sm=80;; esac; env $(RUN_GPU) PTXSIM_SM=$$sm $$program; done
+	$(if $(REAL_GPU),,env $(RUN_GPU) PTXSIM_SM=90 $(GPU)/test_engine)
 	env $(RUN_GPU) PYTHONPATH=$(GPU)/lib .venv/bin/pytest -rs tests/cuda $(PYTEST)
+test-gpu-plants: $(SIMULATOR) # bugs that the tests must find
+	tests/cuda/plants.sh
+
+.PHONY: coverage-gpu
+coverage-gpu: ## which lines of the kernels test-gpu executes on ptxsim
+	rm -f $(GPU)/coverage.jsonl
+	PTXSIM_COVERAGE=$(CURDIR)/$(GPU)/coverage.jsonl $(MAKE) --no-print-directory test-gpu-engine
+	$(PY) tests/ptxsim/coverage.py $(GPU)/coverage.jsonl cuda/ $(CURDIR)/cuda/
 
 $(GPU)/.built: setup.py $(HEADERS) $(CORE) $(KERNELS) $(BINDING) $(CUDA) $(wildcard moeshard/*.py moeshard/*/*.py)
 	MOESHARD_CUDA=1 MOESHARD_CUDA_ARCHS="$(GPU_ARCHS)" \
@@ -185,11 +196,12 @@ $(GPU)/.built: setup.py $(HEADERS) $(CORE) $(KERNELS) $(BINDING) $(CUDA) $(wildc
 GPU_OBJECTS := $(patsubst %.c,$(GPU)/temp/%.o,$(filter-out csrc/reference.c,$(CORE)) $(wildcard cuda/*.c cuda/exchange/*.c)) \
   $(patsubst cuda/%.cu,$(GPU)/temp/cuda/$(subst ;,_,$(GPU_ARCHS))/%.o,$(wildcard cuda/*.cu)) \
   $(ISAS:%=$(GPU)/temp/%/$(KERNELS:.c=.o))
-$(GPU)/%: tests/cuda/%.cu $(GPU)/.built csrc/reference.c
+$(GPU)/test_counts: tests/cuda/counted_calls.c
+$(GPU)/%: tests/cuda/%.cu $(GPU)/.built csrc/reference.c $(wildcard tests/cuda/*.cuh tests/cuda/*.h)
 	nvcc -O3 -std=c++17 -cudart shared -lineinfo $(if $(findstring sm90,$*),,\
 	  -gencode arch=compute_80,code=sm_80 -gencode arch=compute_80,code=compute_80) \
 	  -gencode arch=compute_90a,code=sm_90a -gencode arch=compute_90a,code=compute_90a -DMS_CUDA_SM90 \
-	  -o $@ $< csrc/reference.c $(GPU_OBJECTS) -ldl -lrt -lpthread
+	  -o $@ $< $(filter %.c,$^) $(GPU_OBJECTS) -ldl -lrt -lpthread
 
 .PHONY: tests/ptxsim/build
 tests/ptxsim/build:

@@ -31,7 +31,6 @@ from moeshard.planner.planning import predict
 from moeshard.planner.results import ModelPlan, StepTimes
 
 Spec = tuple[str, str, int, int]  # shape, routing, experts, tokens of a rank
-RANKS = 2
 LAYOUTS = ("shard", "expert_parallel", "balanced", "hot_sharded", "hot_copied")
 NEAR = 0.2  # of the measured time, that a prediction may be off
 CLEAR = 0.15  # a measured difference that a prediction must see
@@ -48,10 +47,11 @@ def measure(
     import torch
 
     group = moeshard.init()
+    ranks = group.size
     torch.set_grad_enabled(False)
     found: dict[str, dict[str, list[float]]] = {}
     for name, routing, experts, tokens in cases:
-        case = Case(Build(name, experts, "float32", RANKS), 1, routing, tokens)  # type: ignore[arg-type]
+        case = Case(Build(name, experts, "float32", ranks), 1, routing, tokens)  # type: ignore[arg-type]
         shape = case.shape
         generator = torch.Generator().manual_seed(0)
         w_in = torch.rand(experts, shape.d_ff * (1 + shape.gated), shape.d_model, generator=generator) - 0.5
@@ -82,38 +82,36 @@ def measure(
     return found
 
 
-def check(ranks_of: "moeshard.planner.Machine", cases: "list[Spec]") -> bool:
+def check(ranks_of: "moeshard.planner.Machine", cases: "list[Spec]", ranks: int) -> bool:
     """Plan, measure and print. Returns whether every bar is met."""
     plans: dict[str, dict[str, str]] = {}
     predicted: dict[str, dict[str, StepTimes]] = {}
     auto: dict[str, str] = {}
     for name, routing, experts, tokens in cases:
-        case = Case(Build(name, experts, "float32", RANKS), 1, routing, tokens)  # type: ignore[arg-type]
+        case = Case(Build(name, experts, "float32", ranks), 1, routing, tokens)  # type: ignore[arg-type]
         shape = LayerShape("", experts, case.shape.d_model, case.shape.d_ff, case.shape.top_k, case.shape.gated)
-        counts = sum(np.bincount(choices(case, rank).ravel(), minlength=experts) for rank in range(RANKS))
+        counts = sum(np.bincount(choices(case, rank).ravel(), minlength=experts) for rank in range(ranks))
         plans[case.key], predicted[case.key] = {}, {}
-        request = {"ranks": RANKS, "tokens": tokens, "histogram": counts, "devices": ranks_of}
-        for layout in (*LAYOUTS, "auto"):
+        request = {"ranks": ranks, "tokens": tokens, "histogram": counts, "devices": ranks_of}
+        for layout in (*LAYOUTS, *(["hybrid"] if ranks > 3 else []), "auto"):
             found = moeshard.plan(shape, layout=layout, **request)
             layer = found.layers[0]
             if layout == "auto":
                 auto[case.key] = next(o.kind for o in layer.alternatives if o.layout == layer.layout)
                 layout = auto[case.key]
             plans[case.key][layout] = found.to_json()
-            each = np.full(RANKS, float(tokens))
+            each = np.full(ranks, float(tokens))
             times, _ = predict(shape, layer.plan, counts.astype(float), each, ranks_of, exact=True)
             predicted[case.key][layout] = replace(times, route=0.0)  # the router is not run here
-    with moeshard.launch(RANKS, threads=1) as ranks:
-        by_rank = ranks.run(measure, cases, plans)
+    with moeshard.launch(ranks, threads=1) as workers:
+        by_rank = workers.run(measure, cases, plans)
     inside = right = pairs = 0
     worst_auto = 1.0
     total = 0
     print(f"{'case':44} {'layout':16} {'predicted':>10} {'measured':>9} {'ratio':>6}")
     for key in plans:
         measured = {
-            layout: statistics.median(
-                max(a, b) for a, b in zip(*(found[key][layout] for found in by_rank), strict=True)
-            )
+            layout: statistics.median(map(max, zip(*(found[key][layout] for found in by_rank), strict=True)))
             for layout in plans[key]
         }
         for layout, seconds in measured.items():
@@ -176,6 +174,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--grid", type=Path, metavar="FILE", help="hold against a benchmark's results, measure nothing")
     parser.add_argument("--devices", metavar="NAME", help="as for moeshard plan (this machine, measured first)")
+    parser.add_argument("--ranks", type=int, default=2, metavar="R", help="that measure (%(default)s)")
     options = parser.parse_args()
     if options.grid:
         return 0 if against(options.grid) else 1
@@ -187,8 +186,10 @@ def main() -> int:
         for routing in ("uniform", "skew")
         for tokens in (64, 512, 2048)
     ]
+    if options.ranks > 2:  # each has a copy of the weights
+        cases = [case for case in cases if case[3] == 512]
     cases += [("nomic", "uniform", 8, 512), ("nomic", "skew", 8, 512), ("switch-base", "one", 8, 512)]
-    return 0 if check(ranks_of, cases) else 1
+    return 0 if check(ranks_of, cases, options.ranks) else 1
 
 
 if __name__ == "__main__":

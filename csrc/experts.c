@@ -62,6 +62,10 @@ static ms_status check_spec(const ms_experts_spec *spec, ms_error *err) {
   if ((unsigned)spec->activation >= MS_ACTIVATION_COUNT)
     return ms_fail(err, MS_EINVAL, "activation: got %d, expected 0 to %d", (int)spec->activation,
                    MS_ACTIVATION_COUNT - 1);
+  if (spec->activation == MS_CLAMPED_SWIGLU && !spec->gated)
+    return ms_fail(err, MS_EINVAL, "activation: clamped_swiglu is for gated experts");
+  if (spec->interleaved && !spec->gated)
+    return ms_fail(err, MS_EINVAL, "interleaved: it is for gated experts");
   for (int32_t e = 0; e < spec->E; e++) {
     const int64_t *c = spec->columns + 2 * e;
     if (c[0] < 0 || c[0] > c[1] || c[1] > spec->F)
@@ -145,13 +149,23 @@ static void unpack_rows(const ms_experts *x, const char *from, const float *scal
 }
 
 // A bias vector as a matrix of one column packs into rows of one panel each: [n] -> [n / 16][16].
-static void pack_bias(const void *bias, ms_dtype dtype, int64_t row, int64_t rows, float *to,
-                      int64_t step) {
-  ms_matrix m = {.data = bias, .dtype = dtype, .row_stride = 1, .col_stride = 1};
+static void pack_bias(const ms_matrix *bias, int64_t row, int64_t rows, float *to, int64_t step) {
   for (int64_t j = 0; j < rows; j += MS_PANEL, to += step) {
     int32_t columns = (int32_t)(rows - j < MS_PANEL ? rows - j : MS_PANEL);
-    ms_panel_pack(&m, row + j, 0, columns, 1, MS_F32, NULL, to);
+    ms_panel_pack(bias, row + j, 0, columns, 1, MS_F32, NULL, to);
   }
+}
+
+static ms_matrix bias_matrix(const void *bias, ms_dtype dtype) {
+  return (ms_matrix){.data = bias, .dtype = dtype, .row_stride = 1, .col_stride = 1};
+}
+
+// The gate rows (half 0) or the up rows (1) of w_in or b_in, which hold `count` of each.
+static ms_matrix half_of(const ms_experts *x, ms_matrix m, int64_t half, int64_t count) {
+  int64_t first = x->spec.interleaved ? half : half * count;
+  m.data = (const char *)m.data + first * m.row_stride * ms_dtype_size(m.dtype);
+  if (x->spec.interleaved) m.row_stride *= 2;
+  return m;
 }
 
 static ms_status check_matrix(const char *name, const ms_matrix *m, int64_t rows, int64_t cols,
@@ -201,16 +215,16 @@ ms_status ms_experts_pack(ms_experts *x, int32_t e, int64_t first, int64_t count
 
   int64_t skip = s->start - first;
   for (int64_t half = 0; half < halves; half++) { // gate, up
-    pack_rows(x, w_in, half * count + skip, s->width, 0, spec->D,
-              s->w_in + half * x->in_panel_bytes,
+    ms_matrix rows = half_of(x, *w_in, half, count);
+    pack_rows(x, &rows, skip, s->width, 0, spec->D, s->w_in + half * x->in_panel_bytes,
               s->scale_in ? s->scale_in + half * MS_PANEL : NULL, halves);
-    if (s->b_in)
-      pack_bias(b_in, bias, half * count + skip, s->width, (float *)s->b_in + half * MS_PANEL,
-                halves * MS_PANEL);
+    if (!s->b_in) continue;
+    rows = half_of(x, bias_matrix(b_in, bias), half, count);
+    pack_bias(&rows, skip, s->width, (float *)s->b_in + half * MS_PANEL, halves * MS_PANEL);
   }
   pack_rows(x, w_out, 0, spec->D, skip, s->width, s->w_out, s->scale_out, 1);
   if (s->b_out) {
-    ms_matrix m = {.data = b_out, .dtype = bias, .row_stride = 1, .col_stride = 1};
+    ms_matrix m = bias_matrix(b_out, bias);
     float panel[MS_PANEL];
     for (int64_t d = 0; d < spec->D; d += MS_PANEL) {
       int64_t n = spec->D - d < MS_PANEL ? spec->D - d : MS_PANEL;

@@ -91,6 +91,9 @@ typedef enum ms_activation {
   MS_GELU,      // x * Phi(x), erf form (torch gelu, approximate="none")
   MS_GELU_TANH, // torch gelu, approximate="tanh"
   MS_SILU,      // x * sigmoid(x)
+  // gpt-oss and openai/privacy-filter, gated only: with g = min(gate, 7) and u = up held to [-7, 7],
+  // g * sigmoid(1.702 g) * (u + 1) in place of act(gate) * up
+  MS_CLAMPED_SWIGLU,
   MS_ACTIVATION_COUNT
 } ms_activation;
 
@@ -167,6 +170,28 @@ ms_status ms_plan_check(const ms_plan *plan, ms_error *err);
 // Cost: O(R*E), no allocation.
 void ms_plan_work(const ms_plan *plan, const int64_t *counts, double *work);
 
+// A table made ready for the steps of one rank: who computes which slot.
+//
+// The owners of an expert with c copies fall into c sets, each of which holds every column once. A rank holds one
+// interval, so where one ends inside [0, F) another begins: copy i begins with the i-th of the ranks that hold column 0,
+// by number; where copies end at a column they go on, the lowest first, with the ranks that begin there, by number.
+//
+// A slot is computed by all ranks of one copy. Of the n slots that an expert has in a call, n mod c copies get
+// floor(n / c) + 1 and the others floor(n / c). In token order each slot takes the copy that its token's own rank is
+// in, if that has room; then those that are left take, in token order, the copies with room by turns, from copy e mod c on
+// (replicated tokens have no rank of their own). So it follows from the routing alone, and all ranks find the same.
+typedef struct ms_layout ms_layout;
+
+// Cost: O(E * R log R) time, R*E*4 bytes and a bit for each rank of each copy.
+// Errors: MS_EINVAL rank outside 0..R-1, or as ms_plan_check; MS_ENOMEM.
+ms_status ms_layout_create(const ms_plan *plan, int32_t rank, ms_layout **out, ms_error *err);
+void ms_layout_free(ms_layout *layout); // NULL is legal
+// Whether some rank holds no column of some expert, or some expert has not exactly one copy: then rows travel only to
+// the ranks that compute them.
+bool ms_layout_is_sparse(const ms_layout *layout);
+// The copy of expert e that rank r is in; -1: it holds no column of it.
+int32_t ms_layout_copy_of(const ms_layout *layout, int32_t r, int32_t e);
+
 // ---- chapter W: experts ---------------------------------------------------------------------------
 // This rank's columns of every expert, packed once into 16-wide panels (csrc/kernels/pack.c says how).
 
@@ -184,6 +209,7 @@ typedef struct ms_experts_spec {
   bool gated; // y = act(x W_gate^T) * (x W_up^T): w_in holds the gate rows, then the up rows
   bool has_b_in, has_b_out;
   const int64_t *columns; // [E][2] this rank's row of the plan (copied)
+  bool interleaved;       // gated: the rows of w_in and b_in alternate, gate 0, up 0, gate 1, ...
 } ms_experts_spec;
 
 typedef struct ms_experts ms_experts;
@@ -197,9 +223,9 @@ const ms_experts_spec *ms_experts_get_spec(const ms_experts *experts); // borrow
 int64_t ms_experts_bytes(const ms_experts *experts);                   // packed bytes of this rank
 
 // Pack expert e from full matrices or from slices: the sources hold hidden columns [first, first + count).
-//   w_in   [count, D] (gated: [2*count, D], gate rows first)      b_in   [count] ([2*count]) or NULL
+//   w_in   [count, D] (gated: [2*count, D], gate rows first) b_in   [count] ([2*count]) or NULL
 //   w_out  [D, count]                                             b_out  [D] or NULL
-// Only the columns of the plan are read. Biases are contiguous, of dtype `bias`.
+// Only the columns of the plan are read; spec.interleaved says how gate and up rows lie in the sources. Biases are contiguous, of dtype `bias`.
 // MS_I8: of each row of w_in and, over this rank's columns, of w_out: scale = its largest magnitude / 127, and a weight is
 // the nearest of -127 .. 127 times that. A row with a NaN or an infinity becomes NaN throughout.
 // The output bias is kept only by the rank that holds column 0 of e, so it is added once.
@@ -238,6 +264,8 @@ typedef struct ms_batch {
   float *weight;      // [T, K] owned
   int64_t layer;      // which layer this is, compared between ranks
   bool replicated;    // all ranks hold the same tokens: nothing is gathered, out = sum over ranks
+  // Set after route, borrowed until combine. NULL: every rank holds columns of every expert, once.
+  const ms_layout *layout;
 
   // gather (all ranks' tokens; N = T when replicated or alone)
   int32_t R, rank;
@@ -246,14 +274,22 @@ typedef struct ms_batch {
   const void **row;    // [N] owned: each token's D values, wherever they lie
   int32_t *all_expert; // [N, K]
   float *all_weight;   // [N, K]
-  float *partial;      // [N, D] where this rank's partial outputs go (memory of the exchange)
+  // [N, D] where this rank's partial outputs go (memory of the exchange); rows of tokens that it computes nothing of are
+  // not written, and not read.
+  float *partial;
 
   // group
-  int64_t *offset; // [E+1] owned: expert e has slots order[offset[e] .. offset[e+1])
-  int32_t *order;  // [N*K] owned: slot = token * K + choice, by expert, stable
+  int16_t *copy;  // [N*K] owned: which copy computes a slot; NULL: no expert has more than one
+  int64_t *count; // [E] owned: slots of each expert, of all ranks, whoever computes them
+  // [E+1] owned: of expert e this rank computes slots order[offset[e] .. offset[e+1]).
+  int64_t *offset;
+  int32_t *order; // [N*K] owned: slot = token * K + choice, by expert, stable
+
+  int64_t tokens_read, partials_read; // rows of other ranks that ffn and combine read
 
   // ffn
-  float *slot; // [N*K, D] each choice's own output; K = 1: the same memory as partial
+  // [N*K, D] each choice's own output, where this rank computes it. K = 1: the same memory as partial.
+  float *slot;
 
   struct ms_batch_memory *memory; // what the pointers above point into (private)
 } ms_batch;
@@ -301,6 +337,7 @@ typedef struct ms_header {
   int32_t dtype, replicated;
   uint64_t
       digest; // of the routing, when replicated (0 otherwise): the same tokens must be the same
+  uint64_t layout; // digest of the table; 0 without one
 } ms_header;
 
 void ms_header_fill(const ms_batch *batch, uint64_t call, ms_header *out);
@@ -336,15 +373,31 @@ ms_status ms_gather_from(ms_batch *batch, int32_t rank, int32_t R, const int64_t
                          const void *hidden, const int32_t *index, const float *weight,
                          ms_error *err);
 
+// The same for a sparse layout, where a token goes only to the ranks that compute one of its slots. First the routing
+// of all ranks; then each rank knows which rows go where; then those rows.
+//   index, weight   as above, borrowed until the next ms_route
+// Cost: O(N*K). Errors: as ms_gather_from; MS_ESHAPE a layout of other ranks or experts.
+ms_status ms_gather_routing(ms_batch *batch, int32_t rank, int32_t R, const int64_t *tokens,
+                            const int32_t *index, const float *weight, ms_error *err);
+// The tokens of rank `source` that rank `reader` computes something of, ascending, counted from the source's first
+// (replicated: of all tokens, whatever the source). Without a sparse layout: all.
+//   token   [returned] or NULL: only count
+// Returns how many there are. Cost: O(tokens of source * K), no allocation.
+int64_t ms_gather_needed(const ms_batch *batch, int32_t source, int32_t reader, int32_t *token);
+// Then the rows: those of each other rank that this one needs, in rank and token order, contiguous, borrowed until the
+// next ms_route. Own rows are read from hidden. Cost: O(N*K), no copy, no allocation.
+void ms_gather_received(ms_batch *batch, const void *hidden);
+
 // ---- chapter 3: group --------------------------------------------------------------------------------
-// Sort the slots by expert: one stable counting sort. Tokens are not moved.
-// Cost: O(N*K + E). Errors: MS_ENOMEM; MS_ERANGE a gathered index outside -1..E-1; MS_EINVAL N*K >= 2^31.
+// Sort the slots that this rank computes by expert: one stable counting sort. Tokens are not moved.
+// Cost: O(N*K + E). Errors: MS_ENOMEM; MS_ERANGE a gathered index outside -1..E-1; MS_EINVAL N*K >= 2^31; MS_ESHAPE a
+// layout of other ranks or experts.
 // Source: arXiv 2503.08467, algorithm 1; deviation: counting sort instead of one pass per expert.
 ms_status ms_group(ms_batch *batch, ms_error *err);
 
 // ---- chapter 4: ffn ----------------------------------------------------------------------------------
 // Both matrices of every expert on this rank's columns: slot[s] = weight[s] * ffn_e(row[s / K]).
-// Every slot with an expert is written (zeros where this rank holds no column of it).
+// Every slot that group has sorted is written.
 // Same bits for any number of threads, and for a token whatever its neighbours are. fp32 arithmetic, but bf16 tokens with
 // bf16 weights may be multiplied as they are, the rows between the matrices rounded to bf16 (docs/numerics.md).
 // Cost: 2*D*Fr*(gated ? 3 : 2) flops a slot; every hit expert's weights are read once per 1024 slots.
@@ -352,17 +405,20 @@ ms_status ms_group(ms_batch *batch, ms_error *err);
 ms_status ms_ffn(ms_batch *batch, const ms_experts *experts, ms_threads *threads, ms_error *err);
 
 // ---- chapter 5: combine --------------------------------------------------------------------------------
-// out[t] = sum over ranks (in rank order) of the sum over choices (in choice order) of the slots.
+// out[t] = sum over ranks (in rank order) of the sum over choices (in choice order) of the slots that a rank computes.
+// Ranks that compute nothing of a token are skipped: the same bits as with their zeros, but for the sign of a zero.
 // With batch->out NULL it only closes the call (every gather needs its combine).
-// Cost: K*N*D + R*T*D additions. Errors: as ms_gather.
+// Cost: at most K*N*D + R*T*D additions. Errors: as ms_gather.
 ms_status ms_combine(ms_batch *batch, ms_exchange *exchange, ms_threads *threads, ms_error *err);
 
 // The two halves for a caller's own transport. First sum the choices into batch->partial [N, D].
 // Cost: K*N*D additions, no allocation. Errors: MS_EINVAL nothing gathered, or ffn has not run.
 ms_status ms_combine_choices(ms_batch *batch, ms_threads *threads, ms_error *err);
 // Then out[t] = sum_r parts[r][t] over parts [R][T, D] float32, in rank order.
-// Cost: R*T*D additions, no allocation. Errors: MS_EINVAL R.
-ms_status ms_combine_ranks(ms_batch *batch, const float *const *parts, int32_t R,
+//   packed   with a sparse layout: the parts of other ranks have only the rows of tokens that those computed something of
+//            (ms_gather_needed(batch, rank, r, ...)), one after the other
+// Cost: at most R*T*D additions; no allocation, but R*T*4 bytes the first time when packed. Errors: MS_EINVAL R; MS_ENOMEM.
+ms_status ms_combine_ranks(ms_batch *batch, const float *const *parts, int32_t R, bool packed,
                            ms_threads *threads, ms_error *err);
 
 // ---- the slow twins --------------------------------------------------------------------------------------
@@ -374,6 +430,10 @@ void ms_reference_layer(const float *hidden, const int32_t *index, const float *
                         ms_activation activation, bool gated, double *out);
 void ms_reference_group(const int32_t *index, int64_t slots, int32_t E, int64_t *offset,
                         int32_t *order);
+// Which copy computes each of the slots [slots] of one expert, -1 for those of others: the rule of chapter P.
+//   home   [slots] the copy of e that the slot's own rank is in, -1: none;  copies of e, at least 1
+void ms_reference_deal(const int32_t *index, const int32_t *home, int64_t slots, int32_t e,
+                       int32_t copies, int32_t *copy);
 
 // ---- the planner: what a table costs, and which one to take (csrc/plan) ----------------------------------
 // Predicted times, from a description of the machine and of the routing: csrc/plan/cost.c says how.

@@ -16,9 +16,18 @@ static double activate(ms_activation activation, double x) {
     return 0.5 * x * (1 + tanh(sqrt_2_over_pi * (x + 0.044715 * x * x * x)));
   case MS_SILU:
     return x / (1 + exp(-x));
+  case MS_CLAMPED_SWIGLU:
+    x = x > 7 ? 7 : x;
+    return x / (1 + exp(-1.702 * x));
   default:
     return x;
   }
+}
+
+// What the activated gate is multiplied by.
+static double factor(ms_activation activation, double up) {
+  if (activation != MS_CLAMPED_SWIGLU) return up;
+  return (up > 7 ? 7 : up < -7 ? -7 : up) + 1;
 }
 
 static double dot(const float *a, const float *b, int64_t n) {
@@ -45,8 +54,8 @@ void ms_reference_layer(const float *hidden, const int32_t *index, const float *
             dot(x, w_in + (e * rows + f) * D, D) + (b_in ? (double)b_in[e * rows + f] : 0);
         h[f] = activate(activation, first);
         if (gated)
-          h[f] *= dot(x, w_in + (e * rows + F + f) * D, D) +
-                  (b_in ? (double)b_in[e * rows + F + f] : 0);
+          h[f] *= factor(activation, dot(x, w_in + (e * rows + F + f) * D, D) +
+                                         (b_in ? (double)b_in[e * rows + F + f] : 0));
       }
       for (int64_t d = 0; d < D; d++) {
         double y = b_out ? (double)b_out[e * D + d] : 0;
@@ -67,4 +76,26 @@ void ms_reference_group(const int32_t *index, int64_t slots, int32_t E, int64_t 
       if (index[s] == e) order[n++] = (int32_t)s;
   }
   offset[E] = n;
+}
+
+void ms_reference_deal(const int32_t *index, const int32_t *home, int64_t slots, int32_t e,
+                       int32_t copies, int32_t *copy) {
+  int64_t n = 0, dealt[MS_MAX_RANKS] = {0},
+          more = 0; // `more` copies have one slot more than the others
+  for (int64_t s = 0; s < slots; s++) n += index[s] == e;
+  int64_t even = n / copies, extra = n % copies;
+  int32_t next = e % copies;
+  for (int round = 0; round < 2; round++) // at home, then in turns
+    for (int64_t s = 0; s < slots; s++) {
+      if (round == 0) copy[s] = -1;
+      if (index[s] != e || copy[s] >= 0) continue;
+      for (int32_t i = 0; i < copies && copy[s] < 0; i++) {
+        int32_t c = round == 0 ? home[s] : (next + i) % copies;
+        if (c < 0 || dealt[c] >= even + (more < extra)) continue;
+        more += dealt[c] == even;
+        dealt[c]++;
+        copy[s] = c;
+        if (round == 1) next = (c + 1) % copies;
+      }
+    }
 }

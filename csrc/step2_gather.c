@@ -7,6 +7,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "base/memory.h"
 #include "exchange/exchange.h"
+#include "layout.h"
 
 #include <inttypes.h> // PRId64
 #include <stdio.h>
@@ -37,7 +38,8 @@ void ms_header_fill(const ms_batch *batch, uint64_t call, ms_header *out) {
                      .E = batch->E,
                      .dtype = (int32_t)batch->dtype,
                      .replicated = batch->replicated,
-                     .digest = batch->replicated ? digest_routing(batch) : 0};
+                     .digest = batch->replicated ? digest_routing(batch) : 0,
+                     .layout = batch->layout ? batch->layout->digest : 0};
 }
 
 // In the order in which a difference explains the ones after it.
@@ -48,6 +50,7 @@ typedef enum field {
   DTYPE,
   WIDTH,
   EXPERTS,
+  LAYOUT,
   CHOICES,
   TOKENS,
   DIGEST,
@@ -61,6 +64,7 @@ static const char *const field_names[FIELDS] = {
     "the dtype",
     "the model width D",
     "the number of experts E",
+    "the plan, which rank holds which columns (its digest)",
     "the choices per token K",
     "the number of replicated tokens T",
     "the routing of the replicated tokens (its digest)",
@@ -80,6 +84,8 @@ static int64_t field_value(const ms_header *h, field f) {
     return h->D;
   case EXPERTS:
     return h->E;
+  case LAYOUT:
+    return (int64_t)h->layout;
   case CHOICES:
     return h->K;
   case TOKENS:
@@ -100,7 +106,7 @@ static void field_text(const ms_header *h, field f, char text[VALUE_TEXT]) {
     snprintf(text, VALUE_TEXT, "%s", ms_dtype_name((ms_dtype)value));
   else if (f == REPLICATED)
     snprintf(text, VALUE_TEXT, "%s", value ? "true" : "false");
-  else if (f == DIGEST)
+  else if (f == DIGEST || f == LAYOUT)
     snprintf(text, VALUE_TEXT, "%016" PRIx64, (uint64_t)value);
   else
     snprintf(text, VALUE_TEXT, "%" PRId64, value);
@@ -184,6 +190,7 @@ static void ungather(ms_batch *batch) {
   batch->R = 0;
   batch->N = 0;
   batch->partial = NULL;
+  batch->copy = NULL;
   batch->slot = NULL;
 }
 
@@ -202,9 +209,9 @@ ms_status ms_gather(ms_batch *batch, ms_exchange *exchange, ms_error *err) {
   return status;
 }
 
-ms_status ms_gather_from(ms_batch *batch, int32_t rank, int32_t R, const int64_t *tokens,
-                         const void *hidden, const int32_t *index, const float *weight,
-                         ms_error *err) {
+// The routing of all ranks in memory of the caller, which is never written: the members are shared with gathers that own it.
+static ms_status begin_from(ms_batch *batch, int32_t rank, int32_t R, const int64_t *tokens,
+                            const int32_t *index, const float *weight, ms_error *err) {
   if (R < 1 || R > MS_MAX_RANKS || rank < 0 || rank >= R)
     return ms_fail(err, MS_EINVAL, "gather: got rank %d of %d, expected 0 <= rank < ranks <= %d",
                    rank, R, MS_MAX_RANKS);
@@ -216,17 +223,67 @@ ms_status ms_gather_from(ms_batch *batch, int32_t rank, int32_t R, const int64_t
                    "gather: rank %d routed %" PRId64 " tokens, but tokens[%d] is %" PRId64, rank,
                    batch->T, rank, tokens[rank]);
   ungather(batch);
-  ms_status status = MS_OK;
-  if ((status = ms_gather_begin(batch, rank, R, tokens, false, err)) != MS_OK) goto done;
-  if ((status = ms_gather_partial(batch, err)) != MS_OK) goto done;
+  MS_TRY(ms_gather_begin(batch, rank, R, tokens, false, err));
+  MS_TRY(ms_gather_partial(batch, err));
+  batch->all_expert = (int32_t *)(uintptr_t)index;
+  batch->all_weight = (float *)(uintptr_t)weight;
+  MS_TRY(ms_layout_fits(batch, err));
+  return ms_layout_deal(batch, err);
+}
+
+ms_status ms_gather_from(ms_batch *batch, int32_t rank, int32_t R, const int64_t *tokens,
+                         const void *hidden, const int32_t *index, const float *weight,
+                         ms_error *err) {
+  ms_status status = begin_from(batch, rank, R, tokens, index, weight, err);
+  if (status != MS_OK) {
+    ungather(batch);
+    return status;
+  }
   for (int32_t r = 0; r < R; r++) {
     int64_t bytes = batch->first[r] * batch->D * ms_dtype_size(batch->dtype);
     ms_gather_rows(batch, r, (const char *)hidden + bytes);
   }
-  batch->all_expert = (int32_t *)(uintptr_t)
-      index; // never written: the members are shared with gathers that own them
-  batch->all_weight = (float *)(uintptr_t)weight;
-done:
+  return MS_OK;
+}
+
+ms_status ms_gather_routing(ms_batch *batch, int32_t rank, int32_t R, const int64_t *tokens,
+                            const int32_t *index, const float *weight, ms_error *err) {
+  ms_status status = begin_from(batch, rank, R, tokens, index, weight, err);
   if (status != MS_OK) ungather(batch);
   return status;
+}
+
+static bool needs(const ms_batch *b, const ms_layout *l, int32_t reader, int64_t n) {
+  for (int64_t s = n * b->K; s < (n + 1) * b->K; s++) {
+    int32_t e = b->all_expert[s];
+    if (e >= 0 && e < l->E && ms_computes(b, l, reader, s, e)) return true;
+  }
+  return false;
+}
+
+int64_t ms_gather_needed(const ms_batch *batch, int32_t source, int32_t reader, int32_t *token) {
+  const ms_layout *l = ms_sparse(batch);
+  int64_t first = batch->replicated ? 0 : batch->first[source];
+  int64_t end = batch->replicated ? batch->N : batch->first[source + 1], count = 0;
+  for (int64_t n = first; n < end; n++) {
+    if (l && !needs(batch, l, reader, n)) continue;
+    if (token) token[count] = (int32_t)(n - first);
+    count++;
+  }
+  return count;
+}
+
+void ms_gather_received(ms_batch *batch, const void *hidden) {
+  const ms_layout *l = ms_sparse(batch);
+  int64_t stride = batch->D * ms_dtype_size(batch->dtype);
+  const char *row = hidden;
+  for (int32_t r = 0; r < batch->R; r++) {
+    if (r == batch->rank || batch->replicated) continue;
+    for (int64_t n = batch->first[r]; n < batch->first[r + 1]; n++) {
+      bool here = !l || needs(batch, l, batch->rank, n);
+      batch->row[n] = here ? row : NULL;
+      if (here) row += stride;
+    }
+  }
+  ms_gather_rows(batch, batch->replicated ? 0 : batch->rank, batch->hidden);
 }

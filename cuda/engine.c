@@ -14,6 +14,7 @@
 //
 // SPDX-License-Identifier: Apache-2.0
 #include "moeshard_cuda.h"
+#include "record.h"
 #include "status.h"
 
 #include <stdio.h> // snprintf
@@ -46,6 +47,7 @@ struct ms_cuda_engine {
   uint64_t calls;
   uint64_t told;      // the call that a fault was told of last, and where its chunk began
   int64_t told_first;
+  ms_cuda_recorder *recorder;    // NULL: nobody records
   ms_cuda_faults *faults;        // pinned host memory
   ms_cuda_faults *device_faults; // the same for the device
 };
@@ -127,6 +129,7 @@ void ms_cuda_engine_free(ms_cuda_engine *g) {
   if (!g) return;
   int before;
   if (ms_cuda_enter(g->device, &before, NULL) == MS_OK) { // else there is nothing on it
+    ms_cuda_recorder_free(g->recorder);
     free_on_device(g);
     ms_cuda_leave(before);
   }
@@ -184,7 +187,8 @@ static void header_of(const ms_cuda_header *from, ms_header *to) {
                     .K = from->K,
                     .E = from->E,
                     .dtype = from->dtype,
-                    .replicated = from->replicated};
+                    .replicated = from->replicated,
+                    .digest = from->digest};
 }
 
 // As csrc/step1_route.c says it.
@@ -197,8 +201,8 @@ static void describe(const ms_cuda_header *h, char *text, size_t bytes) {
     snprintf(text, bytes, "top_k_weights[%lld, %lld]: expected a finite number", t, j);
 }
 
-// What the device found so far; forgotten by telling it. All chunks of a call may have the same fault: the first is told.
-// (A graph has the number of its call whenever it is replayed, so an earlier number is no reason to say nothing.)
+// What the device found so far; forgotten by telling it. All chunks of a call may have the same fault: the first is
+// told. (A graph has the number of its call whenever it is replayed, so an earlier number is no reason to say nothing.)
 static ms_status tell_faults(ms_cuda_engine *g, ms_error *err) {
   if (!__atomic_load_n(&g->faults->found, __ATOMIC_ACQUIRE)) return MS_OK;
   int32_t R = ranks_of(g);
@@ -239,7 +243,15 @@ typedef struct layer {
   int32_t chunks;
   cudaStream_t stream; // the caller's
   cudaStream_t travel; // of collectives
+  bool recording;
 } layer;
+
+enum { MARKS_OF_CHUNK = 8 }; // at most
+
+// A step begins on the caller's stream.
+static ms_status mark(const layer *l, ms_cuda_step step, ms_error *err) {
+  return l->recording ? ms_cuda_recorder_mark(l->engine->recorder, step, l->stream, err) : MS_OK;
+}
 
 static ms_status check_call(const ms_cuda_engine *g, const ms_cuda_experts *x, const ms_cuda_call *c, ms_error *err) {
   if (x->device != g->device)
@@ -271,7 +283,11 @@ static const void *rows_from(const void *data, int64_t row, int64_t bytes) {
 static space *space_of(const layer *l, int32_t chunk) { return &l->engine->spaces[chunk % SPACES]; }
 
 static ms_cuda_view view_of(const layer *l, int32_t chunk) {
-  return ms_cuda_view_of(&l->shape, l->experts, space_of(l, chunk)->data, l->call->hidden, l->engine->device_faults);
+  const void *hidden = rows_from(l->call->hidden, chunk * l->shape.T, l->shape.D * ms_dtype_size(l->shape.dtype));
+  ms_cuda_view view =
+      ms_cuda_view_of(&l->shape, l->experts, space_of(l, chunk)->data, hidden, l->engine->device_faults);
+  if (l->shape.K == 1 && !l->engine->exchange) view.out = l->call->out; // a slot is a token: nothing to sum
+  return view;
 }
 
 static ms_status order(cudaStream_t first, cudaEvent_t event, cudaStream_t then, ms_error *err) {
@@ -294,13 +310,16 @@ static ms_status gather(const layer *l, int32_t chunk, ms_error *err) {
                            .D = (int32_t)s->D,
                            .K = s->K,
                            .E = s->E,
-                           .dtype = (int32_t)s->dtype};
+                           .dtype = (int32_t)s->dtype,
+                           .replicated = s->replicated};
   int64_t row = chunk * s->T;
+  MS_TRY(mark(l, MS_CUDA_ROUTE, err));
   MS_TRY(ms_cuda_gather_pack(s, &view, &header, rows_from(c->hidden, row, s->D * ms_dtype_size(c->dtype)),
                              rows_from(c->index, row, s->K * ms_dtype_size(c->index_dtype)), c->index_dtype,
                              rows_from(c->weight, row, s->K * ms_dtype_size(c->weight_dtype)), c->weight_dtype,
                              l->stream, err));
   if (!l->engine->exchange) return MS_OK;
+  MS_TRY(mark(l, MS_CUDA_GATHER, err));
   MS_TRY(order(l->stream, space_of(l, chunk)->packed, l->travel, err));
   char *messages = (char *)(uintptr_t)view.messages;
   MS_TRY(l->engine->exchange->all_gather(l->engine->exchange, messages + s->rank * s->message_bytes, messages,
@@ -318,20 +337,27 @@ static void *out_of(const layer *l, int32_t chunk) {
 static ms_status compute(const layer *l, int32_t chunk, ms_error *err) {
   const ms_cuda_shape *s = &l->shape;
   ms_cuda_view view = view_of(l, chunk);
+  if (l->travel != l->stream) MS_TRY(mark(l, MS_CUDA_GATHER, err)); // what is waited for
 #ifndef MS_PLANT_15 // group may come before the messages of the others
   if (l->travel != l->stream) MS_CUDA(cudaStreamWaitEvent(l->stream, space_of(l, chunk)->gathered, 0), err);
 #endif
+  MS_TRY(mark(l, MS_CUDA_GROUP, err));
   MS_TRY(ms_cuda_group(s, &view, l->stream, err));
+  MS_TRY(mark(l, MS_CUDA_FFN, err));
   if (s->slots) {
     MS_TRY(ms_cuda_ffn_up(s, &view, l->experts->spec.activation, l->stream, err));
     MS_TRY(ms_cuda_ffn_down(s, &view, l->stream, err));
   }
+  MS_TRY(mark(l, MS_CUDA_COMBINE, err));
   MS_TRY(ms_cuda_combine(s, &view, tokens_in(l, chunk), out_of(l, chunk), l->stream, err));
   if (!l->engine->exchange) return MS_OK;
   MS_TRY(order(l->stream, space_of(l, chunk)->computed, l->travel, err));
+  ms_cuda_exchange *ranks = l->engine->exchange;
   int64_t count = s->T * s->D;
-  MS_TRY(l->engine->exchange->reduce_scatter(l->engine->exchange, view.partial, view.partial + s->rank * count, count,
-                                             l->travel, err));
+  if (s->replicated)
+    MS_TRY(ranks->all_reduce(ranks, view.partial, count, l->travel, err));
+  else
+    MS_TRY(ranks->reduce_scatter(ranks, view.partial, view.partial + s->rank * count, count, l->travel, err));
   if (l->travel != l->stream) MS_CUDA(cudaEventRecord(space_of(l, chunk)->reduced, l->travel), err);
   return MS_OK;
 }
@@ -340,11 +366,12 @@ static ms_status finish(const layer *l, int32_t chunk, ms_error *err) {
   if (!l->engine->exchange) return MS_OK;
   const ms_cuda_shape *s = &l->shape;
   ms_cuda_view view = view_of(l, chunk);
+  MS_TRY(mark(l, MS_CUDA_COMBINE, err));
 #ifndef MS_PLANT_16 // rounding may come before the reduction
   if (l->travel != l->stream) MS_CUDA(cudaStreamWaitEvent(l->stream, space_of(l, chunk)->reduced, 0), err);
 #endif
-  return ms_cuda_combine_round(s, view.partial + s->rank * s->T * s->D, tokens_in(l, chunk), out_of(l, chunk),
-                               l->stream, err);
+  const float *reduced = s->replicated ? view.partial : view.partial + s->rank * s->T * s->D;
+  return ms_cuda_combine_round(s, reduced, tokens_in(l, chunk), out_of(l, chunk), l->stream, err);
 }
 
 static ms_status enqueue(const layer *l, ms_error *err) {
@@ -373,10 +400,13 @@ static ms_status forward(ms_cuda_engine *g, const ms_cuda_experts *experts, cons
       .D = spec->D,
       .F = experts->max_width,
       .dtype = call->dtype,
-      .math = call->dtype == MS_F32 ? (call->tf32 ? MS_CUDA_TF32 : MS_CUDA_FMA) : g->wgmma ? MS_CUDA_WGMMA : MS_CUDA_MMA,
+      .math = call->dtype == MS_F32 ? (call->tf32 ? MS_CUDA_TF32 : MS_CUDA_FMA)
+              : g->wgmma            ? MS_CUDA_WGMMA
+                                    : MS_CUDA_MMA,
       .gated = spec->gated,
+      .replicated = g->exchange && call->replicated,
       .sms = g->sms,
-      .in_place = !g->exchange && (uintptr_t)call->hidden % 16 == 0,
+      .in_place = (uintptr_t)call->hidden % 16 == 0,
   };
   MS_TRY(ms_cuda_shape_plan(&l.shape, err));
   enum cudaStreamCaptureStatus capture;
@@ -387,7 +417,10 @@ static ms_status forward(ms_cuda_engine *g, const ms_cuda_experts *experts, cons
   ms_status earlier = tell_faults(g, &said); // raised at the end: the other ranks count on this call
   if (!capturing && g->last != l.stream) MS_CUDA(cudaStreamWaitEvent(l.stream, g->done, 0), err);
   g->calls++;
+  l.recording = g->recorder && !capturing;
+  if (l.recording) MS_TRY(ms_cuda_recorder_begin(g->recorder, experts, call, l.stream, err));
   MS_TRY(enqueue(&l, err));
+  if (l.recording) MS_TRY(ms_cuda_recorder_end(g->recorder, experts, l.stream, err));
   if (!capturing) {
     g->last = l.stream;
     MS_CUDA(cudaEventRecord(g->done, l.stream), err);
@@ -403,4 +436,47 @@ ms_status ms_cuda_forward(ms_cuda_engine *g, const ms_cuda_experts *experts, con
   ms_status status = forward(g, experts, call, stream, err);
   ms_cuda_leave(before);
   return status;
+}
+
+// ---- times of the steps -----------------------------------------------------------------------------------------
+
+ms_status ms_cuda_engine_record(ms_cuda_engine *g, bool on, ms_error *err) {
+  int before;
+  MS_TRY(ms_cuda_enter(g->device, &before, err));
+  ms_status status = MS_OK;
+  if (!on) {
+    ms_cuda_recorder_free(g->recorder);
+    g->recorder = NULL;
+  } else if (!g->recorder) {
+    status = ms_cuda_recorder_create(MARKS_OF_CHUNK * g->chunks + 1, &g->recorder, err);
+  }
+  ms_cuda_leave(before);
+  return status;
+}
+
+ms_status ms_cuda_engine_stamp(ms_cuda_engine *g, void *stream, ms_error *err) {
+  if (!g->recorder) return MS_OK;
+  int before;
+  MS_TRY(ms_cuda_enter(g->device, &before, err));
+  enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  ms_status status = ms_cuda_status(cudaStreamIsCapturing(stream, &capture), "cudaStreamIsCapturing", err);
+  if (status == MS_OK && capture == cudaStreamCaptureStatusNone)
+    status = ms_cuda_recorder_stamp(g->recorder, stream, err);
+  ms_cuda_leave(before);
+  return status;
+}
+
+ms_status ms_cuda_engine_recorded(ms_cuda_engine *g, int64_t *count, ms_error *err) {
+  *count = g->recorder ? ms_cuda_recorder_count(g->recorder) : 0;
+  int before;
+  MS_TRY(ms_cuda_enter(g->device, &before, err));
+  ms_status status = ms_cuda_status(cudaDeviceSynchronize(), "cudaDeviceSynchronize", err);
+  ms_cuda_leave(before);
+  return status;
+}
+
+ms_status ms_cuda_engine_times(const ms_cuda_engine *g, int64_t i, ms_cuda_times *out, ms_error *err) {
+  if (i < 0 || !g->recorder || i >= ms_cuda_recorder_count(g->recorder))
+    return ms_fail(err, MS_EINVAL, "call %lld was not recorded", (long long)i);
+  return ms_cuda_recorder_at(g->recorder, i, out, err);
 }

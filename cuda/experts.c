@@ -54,6 +54,10 @@ static ms_status check_spec(const ms_experts_spec *spec, ms_error *err) {
   if ((unsigned)spec->activation >= MS_ACTIVATION_COUNT)
     return ms_fail(err, MS_EINVAL, "activation: got %d, expected 0 to %d", (int)spec->activation,
                    MS_ACTIVATION_COUNT - 1);
+  if (spec->activation == MS_CLAMPED_SWIGLU && !spec->gated)
+    return ms_fail(err, MS_EINVAL, "activation: clamped_swiglu is for gated experts");
+  if (spec->interleaved && !spec->gated)
+    return ms_fail(err, MS_EINVAL, "interleaved: it is for gated experts");
   for (int32_t e = 0; e < spec->E; e++) {
     const int64_t *c = spec->columns + 2 * e;
     if (c[0] < 0 || c[0] > c[1] || c[1] > spec->F)
@@ -66,13 +70,15 @@ static ms_status check_spec(const ms_experts_spec *spec, ms_error *err) {
 static ms_status fill(ms_cuda_experts *x, ms_error *err) {
   int64_t bytes = 0, table_bytes = x->spec.E * (int64_t)sizeof *x->table;
   for (int32_t e = 0; e < x->spec.E; e++) place_expert(x, e, &bytes);
-  int64_t table_at = place(&bytes, table_bytes);
+  int64_t table_at = place(&bytes, table_bytes),
+          seen_at = place(&bytes, (x->spec.E + (int64_t)1) * (int64_t)sizeof *x->seen);
   MS_CUDA(cudaMalloc(&x->data, (size_t)bytes), err);
   x->bytes = bytes;
   MS_CUDA(cudaMemset(x->data, 0, (size_t)bytes), err);
   int64_t at = 0;
   for (int32_t e = 0; e < x->spec.E; e++) place_expert(x, e, &at);
   x->device_table = (const ms_cuda_expert *)((char *)x->data + table_at);
+  x->seen = (unsigned long long *)((char *)x->data + seen_at);
   MS_CUDA(cudaMemcpy((char *)x->data + table_at, x->table, (size_t)table_bytes, cudaMemcpyHostToDevice), err);
   MS_CUDA(cudaDeviceSynchronize(), err); // other streams do not wait for the legacy default stream
   return MS_OK;
@@ -182,6 +188,23 @@ static ms_status move_in(ms_matrix m, const void *to, ms_dtype dtype, int64_t ld
   return status;
 }
 
+// Rows that alternate: the even ones (gate) to `to`, the odd ones (up) `step` elements behind.
+static ms_status move_in_alternating(ms_matrix m, const void *to, int64_t step, ms_dtype dtype, int64_t ld,
+                                     cudaStream_t stream, ms_error *err) {
+  void *copy = NULL;
+  ms_status status = MS_OK;
+  if (!on_device(m.data)) status = to_device(&m, &copy, stream, err);
+  for (int64_t half = 0; half < 2 && status == MS_OK; half++) {
+    ms_matrix rows = part_of(&m, half, m.rows / 2, 0, m.cols);
+    rows.row_stride *= 2;
+    status = ms_cuda_convert(&rows, (char *)(uintptr_t)to + half * step * ms_dtype_size(dtype), dtype, ld, stream, err);
+  }
+  cudaError_t waited = cudaStreamSynchronize(stream); // as in move_in
+  if (status == MS_OK) status = ms_cuda_status(waited, "cudaStreamSynchronize", err);
+  cudaFree(copy);
+  return status;
+}
+
 static ms_status check_matrix(const char *name, const ms_matrix *m, int64_t rows, int64_t cols, ms_error *err) {
   if (m->rows == rows && m->cols == cols) return MS_OK;
   return ms_fail(err, MS_ESHAPE, "%s: got [%lld, %lld], expected [%lld, %lld]", name, (long long)m->rows,
@@ -207,7 +230,14 @@ static ms_status pack_on_device(const ms_cuda_experts *x, int32_t e, int64_t ski
   const ms_experts_spec *spec = &x->spec;
   const ms_cuda_expert *t = &x->table[e];
   int64_t size = ms_dtype_size(spec->storage), width = t->width, halves = spec->gated ? 2 : 1;
-  for (int64_t half = 0; half < halves; half++) { // gate rows, then up rows
+  if (spec->interleaved) {
+    MS_TRY(move_in_alternating(part_of(w_in, 2 * skip, 2 * width, 0, spec->D), t->w_in, width * x->ld_in, spec->storage,
+                               x->ld_in, stream, err));
+    ms_matrix whole = {.data = b_in, .dtype = bias, .rows = 2 * count, .cols = 1, .row_stride = 1, .col_stride = 1};
+    if (b_in)
+      MS_TRY(move_in_alternating(part_of(&whole, 2 * skip, 2 * width, 0, 1), t->b_in, width, MS_F32, 1, stream, err));
+  }
+  for (int64_t half = 0; half < halves && !spec->interleaved; half++) { // gate rows, then up rows
     MS_TRY(move_in(part_of(w_in, half * count + skip, width, 0, spec->D),
                    (const char *)t->w_in + half * width * x->ld_in * size, spec->storage, x->ld_in, stream, err));
     if (!b_in) continue;
@@ -280,6 +310,26 @@ ms_status ms_cuda_experts_unpack(const ms_cuda_experts *x, int32_t e, void *w_in
   int before;
   MS_TRY(ms_cuda_enter(x->device, &before, err));
   ms_status status = unpack_on_device(x, e, w_in, w_out, b_in, b_out, stream, err);
+  ms_cuda_leave(before);
+  return status;
+}
+
+// ---- what came in -----------------------------------------------------------------------------------------------
+
+static ms_status seen_on_device(const ms_cuda_experts *x, int64_t *seen, bool forget, ms_error *err) {
+  size_t bytes = ((size_t)x->spec.E + 1) * sizeof *x->seen;
+  MS_CUDA(cudaDeviceSynchronize(), err); // whatever the streams were
+  if (seen) MS_CUDA(cudaMemcpy(seen, x->seen, bytes, cudaMemcpyDeviceToHost), err);
+  if (!forget) return MS_OK;
+  MS_CUDA(cudaMemset(x->seen, 0, bytes), err);
+  MS_CUDA(cudaDeviceSynchronize(), err); // other streams do not wait for the legacy default stream
+  return MS_OK;
+}
+
+ms_status ms_cuda_experts_seen(const ms_cuda_experts *x, int64_t *seen, bool forget, ms_error *err) {
+  int before;
+  MS_TRY(ms_cuda_enter(x->device, &before, err));
+  ms_status status = seen_on_device(x, seen, forget, err);
   ms_cuda_leave(before);
   return status;
 }

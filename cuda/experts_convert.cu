@@ -12,7 +12,8 @@ static ms_status launch(const ms_matrix *m, void *to, int64_t ld, void *stream, 
     int64_t rows = m->rows - row < MOST_ROWS ? m->rows - row : MOST_ROWS;
     dim3 grid((unsigned)((m->cols + MS_SQUARE - 1) / MS_SQUARE), (unsigned)((rows + MS_SQUARE - 1) / MS_SQUARE));
     ms_convert<To, From><<<grid, dim3(MS_SQUARE, MS_SQUARE_LINES), 0, (cudaStream_t)stream>>>(
-        (const From *)m->data + row * m->row_stride, m->row_stride, m->col_stride, (To *)to + row * ld, ld, rows, m->cols);
+        (const From *)m->data + row * m->row_stride, m->row_stride, m->col_stride, (To *)to + row * ld, ld, rows,
+        m->cols);
     MS_TRY(ms_cuda_status(cudaGetLastError(), "experts: convert", err));
   }
   return MS_OK;

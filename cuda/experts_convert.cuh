@@ -27,7 +27,8 @@ template <typename Same> struct ms_converted<Same, Same> {
 
 template <typename To, typename From>
 __global__ void __launch_bounds__(MS_SQUARE *MS_SQUARE_LINES)
-    ms_convert(const From *from, int64_t row_stride, int64_t col_stride, To *to, int64_t ld, int64_t rows, int64_t cols) {
+    ms_convert(const From *from, int64_t row_stride, int64_t col_stride, To *to, int64_t ld, int64_t rows,
+               int64_t cols) {
   __shared__ To square[MS_SQUARE][MS_SQUARE + 2];
   int64_t r0 = (int64_t)blockIdx.y * MS_SQUARE, c0 = (int64_t)blockIdx.x * MS_SQUARE;
   bool by_column = row_stride == 1 && col_stride != 1; // neighbours in the source are rows

@@ -6,9 +6,10 @@
 //   group      stable sort of the slots by expert, and the table of tiles     step3_group.cuh
 //   ffn        up (matrix 1, bias, activation, gate), down (matrix 2, weight) step4_ffn*.cuh
 //   combine    sum of the choices; reduce-scatter; rounding to out            step5_combine.cuh
+//   times      when the steps of each call began, for profiles                record.c
 //
-// A layer is at most 6 kernel launches and 2 collectives, whatever E and the routing are, with no host
-// synchronisation, no allocation and no copy to the host in the steady state; it can be captured in a graph.
+// A layer is 5 to 7 kernel launches and 2 collectives, whatever E and the routing are, with no host synchronisation,
+// no allocation and no copy to the host in the steady state; it can be captured in a graph.
 // Launch shapes and memory depend on (T, K, D, F, E, R, dtype) only. Where a token goes is decided on the device.
 //
 // Plain C: this header is read by .c, .cu and .cuh files. Dims are those of csrc/moeshard.h.
@@ -45,6 +46,7 @@ typedef struct ms_cuda_experts {
   int64_t ld_h;                 // elements from row to row of H: max_width rounded up to 16 bytes
   ms_cuda_expert *table;        // [E] host copy, device pointers inside
   const ms_cuda_expert *device_table; // [E] device
+  unsigned long long *seen;     // [E+1] device: slots that each expert got so far, then all slots; counted by group
   void *data;                   // device: one allocation for all
   int64_t bytes;
 } ms_cuda_experts;
@@ -59,6 +61,12 @@ void ms_cuda_experts_free(ms_cuda_experts *experts); // NULL is legal
 ms_status ms_cuda_experts_pack(ms_cuda_experts *experts, int32_t e, int64_t first, int64_t count,
                                const ms_matrix *w_in, const ms_matrix *w_out, const void *b_in,
                                const void *b_out, ms_dtype bias, void *stream, ms_error *err);
+// The slots that came in so far, over all ranks: seen[e] with expert e, seen[E] all of them (those without an expert
+// too). Calls with a fault do not count; replays of a graph do.
+//   seen   [E+1] host memory, or NULL
+//   forget  begin anew
+// Cost: waits for the device. Errors: MS_ECUDA.
+ms_status ms_cuda_experts_seen(const ms_cuda_experts *experts, int64_t *seen, bool forget, ms_error *err);
 // As ms_experts_unpack; destinations are device or host memory.
 ms_status ms_cuda_experts_unpack(const ms_cuda_experts *experts, int32_t e, void *w_in, void *w_out,
                                  float *b_in, float *b_out, void *stream, ms_error *err);
@@ -74,8 +82,10 @@ typedef enum ms_cuda_math { // how matrices are multiplied
 
 // Message of one rank: what the all-gather carries. Sections start at multiples of 256 bytes.
 //   [ms_cuda_header][expert int32 T*K][weight float T*K][hidden T * ld_x]
+// Replicated tokens: headers travel alone and lie one after the other, the rest is there once, as if it were rank 0's:
+//   [ms_cuda_header of rank 0][of rank 1]...[expert][weight][hidden]
 typedef struct ms_cuda_header {
-  uint64_t call;
+  uint64_t call, digest; // digest: of the routing, when replicated: the same tokens must be the same
   int64_t layer, T; // T: tokens that this rank has; rows beyond are absent (expert -1)
   int64_t first;    // this rank's number of token 0: later chunks of a batch do not start with 0
   int32_t D, K, E, dtype, replicated;
@@ -101,22 +111,25 @@ typedef struct ms_cuda_shape {
   ms_dtype dtype;
   ms_cuda_math math;
   bool gated;
+  bool replicated;  // all ranks hold the same T tokens
   int32_t sms;      // multiprocessors of the device
-  bool in_place;    // R = 1 and D a whole number of 16 bytes: hidden is read where it lies, not from the message
+  bool in_place;    // no tokens travel, and D is a whole number of 16 bytes: hidden is read where it lies
   // derived by ms_cuda_shape_plan
-  int64_t N, slots;      // R*T, N*K
+  int64_t N, slots;      // R*T (replicated: T), N*K
   int64_t ld_x;          // elements from token to token in the message
   int64_t ld_h;
   int32_t tile_rows;     // BM of both GEMMs: 16, 64 or 128, from slots / E
   int32_t max_tiles;     // slots / tile_rows + min(E, slots): what the table of tiles may need
-  int64_t expert_at, weight_at, hidden_at, message_bytes; // message of one rank
+  int64_t expert_at, weight_at, hidden_at; // from a rank's message on
+  int64_t message_bytes;                   // of one rank: what travels
   // workspace: offsets in bytes, each a multiple of 256
   int32_t sort_chunks; // pieces of the slots that are sorted side by side; 0: one block sorts all in shared memory
   int64_t messages_at, counts_at, offset_at, order_at, tiles_at, h_at, slot_at, partial_at;
   int64_t workspace_bytes;
 } ms_cuda_shape;
 
-// Cost: O(1). Errors: MS_EINVAL a dimension; MS_ESHAPE slots >= 2^31.
+// Cost: O(1). Errors: MS_EINVAL a dimension; MS_ESHAPE slots >= 2^31, or more than the 64 GiB of hidden states or of H
+// that kernels reach.
 ms_status ms_cuda_shape_plan(ms_cuda_shape *shape, ms_error *err);
 
 // ---- what the kernels get ------------------------------------------------------------------------
@@ -136,11 +149,13 @@ typedef struct ms_cuda_view { // one chunk in the workspace; passed by value to 
   int32_t *offset;        // [E+1]
   int32_t *order;         // [slots] slot = n*K + j, by expert, stable
   ms_cuda_tile *tiles;    // [max_tiles]
-  int32_t *tile_count;    // [1]
+  int32_t *tile_count;    // [1]; -1: the call has a fault, nothing is computed and the outputs are NaN
+  unsigned long long *seen; // of the experts; NULL: not counted
   // ffn
   const ms_cuda_expert *experts;
   char *h;                // [slots, ld_h] in the order of `order`, dtype
   float *slot;            // [slots, D] by slot number; K = 1: the same memory as partial
+  void *out;              // [T, D] one rank and K = 1: where down writes instead, rounded; else NULL
   // combine
   float *partial;         // [N, D]
   ms_cuda_faults *faults; // written when the headers disagree or tell of a fault; read by the host at the next call
@@ -167,9 +182,11 @@ ms_status ms_cuda_group(const ms_cuda_shape *shape, const ms_cuda_view *view, vo
 // H = act(X . w_in^T + b_in) (* gate)
 ms_status ms_cuda_ffn_up(const ms_cuda_shape *shape, const ms_cuda_view *view, ms_activation activation,
                          void *stream, ms_error *err);
-// slot[s] = weight[s] * (H . w_out^T + b_out)
+// slot[s] = weight[s] * (H . w_out^T + b_out); view->out: out[s] = that, rounded
 ms_status ms_cuda_ffn_down(const ms_cuda_shape *shape, const ms_cuda_view *view, void *stream, ms_error *err);
 // R = 1: out[t] = sum of the choices, rounded. R > 1: partial[n] = sum of the choices (0 where there are none).
+// view->out: out[t] = 0 where there is no expert, the rest is there.
+// NaN everywhere in a call that has a fault.
 ms_status ms_cuda_combine(const ms_cuda_shape *shape, const ms_cuda_view *view, int64_t tokens, void *out,
                           void *stream, ms_error *err);
 // R > 1, 16-bit dtypes: round this rank's reduced float rows to out.
@@ -186,6 +203,8 @@ struct ms_cuda_exchange { // filled in by exchange/nccl.c
                           ms_error *err);
   ms_status (*reduce_scatter)(ms_cuda_exchange *, const float *send, float *receive, int64_t count,
                               void *stream, ms_error *err);
+  ms_status (*all_reduce)(ms_cuda_exchange *, float *sums, int64_t count, void *stream,
+                          ms_error *err); // in place; the same bits on all ranks
   ms_status (*check)(ms_cuda_exchange *, ms_error *err); // asynchronous errors so far; costs no synchronisation
   void (*free)(ms_cuda_exchange *);
 };
@@ -205,19 +224,52 @@ typedef struct ms_cuda_call {
   int64_t tokens, capacity; // capacity: rows to reserve per rank, alike on all ranks, >= tokens of any (R = 1: tokens)
   int32_t K;
   int64_t layer;
+  bool replicated; // all ranks hold the same tokens: they do not travel, out = sum over ranks
   bool tf32;
 } ms_cuda_call;
 
 // Enqueue a whole layer on `stream`. Faults of an earlier call (routing out of range, ranks that disagree) are raised
 // here, by the first call after the device found them and after this call is enqueued, so that no rank waits for it;
 // ms_cuda_engine_faults waits and raises them at once. A fault is raised once; while one waits to be raised, others are
-// forgotten. Calls may be on different streams, one after the other: a call waits for the one before.
+// forgotten. A call (of several chunks: the chunk) that has a fault fills out with NaN on every rank.
+// Calls may be on different streams, one after the other: a call waits for the one before.
 // Cost: no allocation but when the shape grows, no synchronisation.
 // Errors: MS_ESHAPE, MS_EDTYPE, MS_EINVAL (a growing shape while a graph is captured); MS_ENOMEM; MS_ECUDA; of an
 // earlier call MS_ERANGE (MS_EPEER on the other ranks) and MS_EMISMATCH; MS_ECOMM, MS_ELOST, MS_ETIMEOUT.
 ms_status ms_cuda_forward(ms_cuda_engine *engine, const ms_cuda_experts *experts, const ms_cuda_call *call,
                           void *stream, ms_error *err);
 ms_status ms_cuda_engine_faults(ms_cuda_engine *engine, ms_error *err);
+
+// ---- times of the steps, for profiles (record.c) -------------------------------------------------
+
+typedef enum ms_cuda_step { // route: the message is written; gather: it travels
+  MS_CUDA_ROUTE = 0,
+  MS_CUDA_GATHER,
+  MS_CUDA_GROUP,
+  MS_CUDA_FFN,
+  MS_CUDA_COMBINE,
+  MS_CUDA_STEPS
+} ms_cuda_step;
+
+typedef struct ms_cuda_times { // one call
+  int64_t layer, tokens;
+  int32_t K, E;
+  ms_dtype dtype;
+  double block, begin;          // nanoseconds since recording began: the model's router (NAN: not known), the layer
+  double step[MS_CUDA_STEPS];   // nanoseconds in each; with chunks their sums, as they lie on the caller's stream
+  const int64_t *before, *after; // [E+1] ms_cuda_experts_seen before and after the call; borrowed
+} ms_cuda_times;
+
+// Record every call from now on that is not captured, or stop and forget. Legal twice.
+// Recorded calls have events between their steps and copy counters to the host; the host does not wait for them.
+// Cost: waits for the device. Errors: MS_ENOMEM; MS_ECUDA.
+ms_status ms_cuda_engine_record(ms_cuda_engine *engine, bool on, ms_error *err);
+// On `stream`, the model begins to decide about the routing of the next call. Nothing if not recording.
+ms_status ms_cuda_engine_stamp(ms_cuda_engine *engine, void *stream, ms_error *err);
+// Wait for the device; how many calls were recorded.
+ms_status ms_cuda_engine_recorded(ms_cuda_engine *engine, int64_t *count, ms_error *err);
+// One of them; what it points to lives until recording stops. Errors: MS_EINVAL i; MS_ECUDA.
+ms_status ms_cuda_engine_times(const ms_cuda_engine *engine, int64_t i, ms_cuda_times *out, ms_error *err);
 
 #ifdef __cplusplus
 }

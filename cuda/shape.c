@@ -6,6 +6,8 @@
 #include "moeshard_cuda.h"
 
 
+static const int64_t REACH = INT64_C(64) << 30; // bytes: kernels keep offsets of rows in 32 bits, 16 bytes each
+
 enum {
   ALIGN = 256, // of every piece of memory: what cudaMalloc gives
   PIECE = 16,  // bytes of the widest copy: rows start at multiples of it
@@ -49,32 +51,41 @@ ms_status ms_cuda_shape_plan(ms_cuda_shape *s, ms_error *err) {
       s->R < 1 || s->R > MS_MAX_RANKS || s->rank < 0 || s->rank >= s->R)
     return ms_fail(err, MS_EINVAL, "cuda shape: T=%lld D=%lld F=%lld K=%d E=%d rank %d of %d", (long long)s->T,
                    (long long)s->D, (long long)s->F, s->K, s->E, s->rank, s->R);
+  if (s->T > INT32_MAX)
+    return ms_fail(err, MS_ESHAPE, "%lld tokens: expected fewer than 2^31", (long long)s->T);
   int64_t size = ms_dtype_size(s->dtype);
-  s->N = s->R * s->T;
+  s->N = s->replicated ? s->T : s->R * s->T;
   s->slots = s->N * s->K;
   if (s->slots > INT32_MAX - 2 * CHUNK_SLOTS) // kernels round up
     return ms_fail(err, MS_ESHAPE, "%lld tokens x %d choices: expected fewer than 2^31", (long long)s->N, s->K);
   s->ld_x = round_up(s->D, PIECE / size);
   s->ld_h = round_up(s->F, PIECE / size);
-  if (s->R > 1 || s->ld_x != s->D) s->in_place = false;
+  bool travels = s->R > 1 && !s->replicated;
+  if (travels || s->ld_x != s->D) s->in_place = false;
   s->tile_rows = choose_tile_rows(s->slots, s->E);
   if (s->math == MS_CUDA_WGMMA && s->tile_rows < 64) s->math = MS_CUDA_MMA; // fewer rows than one wgmma has
   s->max_tiles = (int32_t)(s->slots / s->tile_rows + (s->slots < s->E ? s->slots : s->E));
   s->sort_chunks = choose_chunks(s->slots, s->E);
 
   int64_t at = 0;
-  place(&at, (int64_t)sizeof(ms_cuda_header));
+  for (int32_t r = 0; r < (s->replicated ? s->R : 1); r++) place(&at, (int64_t)sizeof(ms_cuda_header));
   s->expert_at = place(&at, s->T * s->K * 4);
   s->weight_at = place(&at, s->T * s->K * 4);
   s->hidden_at = place(&at, s->in_place ? 0 : s->T * s->ld_x * size);
-  s->message_bytes = at;
+  int64_t messages = travels ? s->R * at : at, hidden = s->in_place ? s->T * s->ld_x * size : messages;
+  s->message_bytes = s->replicated ? round_up((int64_t)sizeof(ms_cuda_header), ALIGN) : at;
+  if (hidden > REACH || s->slots * s->ld_h * size > REACH)
+    return ms_fail(err, MS_ESHAPE,
+                   "%lld tokens: %lld bytes of hidden states and %lld between the two matrices, expected at most %lld "
+                   "of each: call the layer with fewer tokens at a time",
+                   (long long)s->N, (long long)hidden, (long long)(s->slots * s->ld_h * size), (long long)REACH);
 
   at = 0;
   place(&at, 4 * MS_CUDA_TICKETS); // at the same place for every shape: they stay zero
-  s->messages_at = place(&at, s->R * s->message_bytes);
-  // tiles before each expert; and the counters of the sort, or the faults of each block of gather
+  s->messages_at = place(&at, messages);
+  // tiles before each expert; and the counters of the sort, or fault and digest of each block of gather
   int64_t counters = s->sort_chunks ? s->sort_chunks * (int64_t)s->E + (s->slots + 1) / 2 : 0; // and ranks
-  int64_t blocks = 2 * MS_CUDA_ROUTE_BLOCKS;
+  int64_t blocks = 4 * MS_CUDA_ROUTE_BLOCKS;
   s->counts_at = place(&at, 4 * (s->E + 1 + (counters > blocks ? counters : blocks)));
   s->offset_at = place(&at, 4 * ((int64_t)s->E + 1));
   s->order_at = place(&at, 4 * s->slots);
@@ -100,6 +111,7 @@ ms_cuda_view ms_cuda_view_of(const ms_cuda_shape *s, const ms_cuda_experts *expe
       .order = (int32_t *)(base + s->order_at),
       .tiles = (ms_cuda_tile *)(base + s->tiles_at + 4),
       .tile_count = (int32_t *)(base + s->tiles_at),
+      .seen = experts->seen,
       .experts = experts->device_table,
       .h = base + s->h_at,
       .slot = (float *)(base + s->slot_at),

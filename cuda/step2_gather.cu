@@ -15,9 +15,12 @@ ms_status ms_cuda_gather_pack(const ms_cuda_shape *shape, const ms_cuda_view *vi
   a.hidden = (const char *)hidden;
   a.index = index;
   a.weight = weight;
-  a.message = (char *)view->messages + shape->rank * shape->message_bytes;
+  char *own = (char *)view->messages + shape->rank * shape->message_bytes;
+  a.own_header = (ms_cuda_header *)own;
+  a.message = shape->replicated ? (char *)view->messages : own;
   a.ticket = view->tickets;
   a.block_faults = (unsigned long long *)view->counts;
+  a.block_digests = a.block_faults + MS_CUDA_ROUTE_BLOCKS;
   a.T = shape->T;
   a.tokens = header->T;
   a.D = shape->D;
@@ -34,7 +37,8 @@ ms_status ms_cuda_gather_pack(const ms_cuda_shape *shape, const ms_cuda_view *vi
   a.route_blocks = (int32_t)at_most((slots + SLOTS_PER_BLOCK - 1) / SLOTS_PER_BLOCK, MS_CUDA_ROUTE_BLOCKS);
   if (a.route_blocks < 1) a.route_blocks = 1; // the header is written also without tokens
   int64_t pieces = shape->in_place ? 0 : shape->T * shape->ld_x * a.size / 16;
-  int64_t copy_blocks = at_most((pieces + PIECES_PER_BLOCK - 1) / PIECES_PER_BLOCK, (int64_t)BLOCKS_PER_SM * shape->sms);
+  int64_t copy_blocks =
+      at_most((pieces + PIECES_PER_BLOCK - 1) / PIECES_PER_BLOCK, (int64_t)BLOCKS_PER_SM * shape->sms);
   ms_gather_pack<<<(unsigned)(a.route_blocks + copy_blocks), MS_GATHER_THREADS, 0, (cudaStream_t)stream>>>(a);
   return ms_cuda_status(cudaGetLastError(), "gather", err);
 }

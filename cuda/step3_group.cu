@@ -50,6 +50,8 @@ ms_status ms_cuda_group(const ms_cuda_shape *shape, const ms_cuda_view *view, vo
   a.order = view->order;
   a.tiles = view->tiles;
   a.tile_count = view->tile_count;
+  a.seen = view->seen;
+  a.K = shape->K;
   a.faults = view->faults;
   return shape->sort_chunks ? many_blocks(a, shape->sort_chunks, (cudaStream_t)stream, err)
                             : one_block(a, (cudaStream_t)stream, err);

@@ -13,12 +13,13 @@
 // (count, place). Else two launches: count, a chunk for each block, whose last block scans; and place, a thread for
 // each slot and each tile. Whoever counts does so in the order of slots, so nothing depends on timing.
 //
-// Headers of all ranks are compared here, by the block that scans. If they disagree, or tell of a fault, there are no
-// tiles, so no rank computes, and the host finds the headers in `faults`.
+// Headers of all ranks are compared here, by the block that scans. If they disagree, or tell of a fault, tile_count is
+// -1, so that no rank computes and outputs become NaN, and the host finds the headers in `faults`. Else the slots are
+// counted in `seen`, expert by expert: integers, so it does not matter who adds first.
 //
 // Cost: reads slots * 10 bytes, writes slots * 6 (one block: 8 and 4); counters 12 * E * chunks. Latency bound: one
-// block some thousand cycles; else about 100 cycles for each warp of a chunk, and a scan of 16 bytes * E * chunks by one
-// multiprocessor.
+// block some thousand cycles; else about 100 cycles for each warp of a chunk, and a scan of 16 bytes * E * chunks by
+// one multiprocessor.
 // Slow twins: ms_reference_group, ms_header_check.
 //
 // SPDX-License-Identifier: Apache-2.0
@@ -33,7 +34,7 @@ enum { MS_GROUP_THREADS = 1024, MS_GROUP_PLACE_THREADS = 256 };
 typedef struct ms_group_args {
   const char *messages;
   int64_t message_bytes, expert_at;
-  int32_t R, E, slots, rank_slots; // rank_slots = T * K
+  int32_t R, E, K, slots, rank_slots; // rank_slots = T * K
   int32_t chunks, chunk_slots, tile_rows;
   int32_t *ticket;
   int32_t *tiles_before; // [E+1] scratch
@@ -42,6 +43,7 @@ typedef struct ms_group_args {
   int32_t *offset, *order;
   ms_cuda_tile *tiles;
   int32_t *tile_count;
+  unsigned long long *seen; // [E+1] or NULL
   ms_cuda_faults *faults;
 } ms_group_args;
 
@@ -110,6 +112,7 @@ __device__ __forceinline__ bool ms_headers_agree(const ms_group_args &a) {
     const ms_cuda_header *other = (const ms_cuda_header *)(a.messages + r * a.message_bytes);
     agree &= own->call == other->call && own->layer == other->layer && own->D == other->D && own->K == other->K &&
              own->E == other->E && own->dtype == other->dtype && own->replicated == other->replicated &&
+             (!own->replicated || (own->T == other->T && own->digest == other->digest)) &&
              other->fault == MS_CUDA_NO_FAULT;
   }
   return __syncthreads_and(agree);
@@ -123,6 +126,17 @@ __device__ __forceinline__ void ms_tell_faults(const ms_group_args &a) {
   __threadfence_system();
   __syncthreads();
   if (threadIdx.x == 0) *(volatile int32_t *)&a.faults->found = 1;
+}
+
+// Count the slots of a call: those of each expert, and all that ranks have (replicated tokens once).
+__device__ __forceinline__ void ms_group_see(const ms_group_args &a, const int32_t *offset) {
+  if (!a.seen) return;
+  for (int32_t e = threadIdx.x; e < a.E; e += blockDim.x)
+    if (int32_t count = offset[e + 1] - offset[e]) atomicAdd(a.seen + e, (unsigned long long)count);
+  for (int32_t r = threadIdx.x; r < a.R; r += blockDim.x) {
+    const ms_cuda_header *header = (const ms_cuda_header *)(a.messages + r * a.message_bytes);
+    if (r == 0 || !header->replicated) atomicAdd(a.seen + a.E, (unsigned long long)(header->T * a.K));
+  }
 }
 
 // The counters of one expert become sums over the chunks before each. Returns the sum over all.
@@ -145,7 +159,7 @@ __device__ __forceinline__ int32_t ms_group_sum(Counter *counters, int32_t E, in
 }
 
 // All of a block: sums over chunks; offset and tiles_before, which the caller keeps in shared or global memory; the
-// verdict on the headers.
+// verdict on the headers. There is a barrier between the last of these sums and the return.
 template <typename Counter>
 __device__ __forceinline__ void ms_group_scan(const ms_group_args &a, Counter *counters, int32_t *offset,
                                               int32_t *tiles_before) {
@@ -163,18 +177,24 @@ __device__ __forceinline__ void ms_group_scan(const ms_group_args &a, Counter *c
     rows += all_rows;
     tiles += all_tiles;
   }
-  bool agree = ms_headers_agree(a);
-  if (!agree) ms_tell_faults(a);
   if (threadIdx.x == 0) {
     offset[a.E] = rows;
     tiles_before[a.E] = tiles;
-    *a.tile_count = agree ? tiles : 0;
   }
+  bool agree = ms_headers_agree(a); // a barrier: offset has been written
+#ifdef MS_PLANT_20 // calls with a fault are counted
+  ms_group_see(a, offset);
+#endif
+  if (agree)
+    ms_group_see(a, offset);
+  else
+    ms_tell_faults(a);
+  if (threadIdx.x == 0) *a.tile_count = agree ? tiles : -1;
 }
 
 // Tile i is of the last expert that has no more than i tiles before it: experts without tiles are passed over.
-__device__ __forceinline__ void ms_group_tile(const ms_group_args &a, const int32_t *offset, const int32_t *tiles_before,
-                                              int32_t i) {
+__device__ __forceinline__ void ms_group_tile(const ms_group_args &a, const int32_t *offset,
+                                              const int32_t *tiles_before, int32_t i) {
   int32_t e = 0, end = a.E;
   while (end - e > 1) {
     int32_t middle = e + (end - e) / 2;
@@ -198,11 +218,10 @@ __global__ void __launch_bounds__(MS_GROUP_THREADS) ms_group_small(const ms_grou
   for (int32_t i = threadIdx.x; i < a.E * a.chunks; i += MS_GROUP_THREADS) counters[i] = 0;
   __syncthreads();
   if (warp < a.chunks) ms_group_walk<false>(a, counters, offset, warp);
-  __syncthreads();
-  ms_group_scan(a, counters, offset, tiles_before);
-#ifndef MS_PLANT_12 // offsets may be read before they are written
+#ifndef MS_PLANT_12 // counters may be added up before all is counted
   __syncthreads();
 #endif
+  ms_group_scan(a, counters, offset, tiles_before);
   if (warp < a.chunks) ms_group_walk<true>(a, counters, offset, warp);
   for (int32_t i = threadIdx.x; i < tiles_before[a.E]; i += MS_GROUP_THREADS) ms_group_tile(a, offset, tiles_before, i);
   for (int32_t e = threadIdx.x; e <= a.E; e += MS_GROUP_THREADS) a.offset[e] = offset[e];

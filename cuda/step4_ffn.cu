@@ -24,8 +24,9 @@ template <auto KERNEL> ms_status allow_shared(int32_t bytes, ms_error *err) {
   return MS_OK;
 }
 
-ms_ffn_args args_of(const ms_cuda_shape *shape, bool up, int32_t block) {
+ms_ffn_args args_of(const ms_cuda_shape *shape, const ms_cuda_view *view, bool up, int32_t block) {
   ms_ffn_args args = {};
+  args.out_aligned = (uintptr_t)view->out % 16 == 0;
   args.message_bytes = shape->message_bytes;
   args.weight_at = shape->weight_at;
   args.ld_x = shape->ld_x;
@@ -51,7 +52,7 @@ ms_status launch_mma(const ms_cuda_shape *shape, const ms_cuda_view *view, ms_ac
   static_assert(tile::BM * tile::STAGED * 4 <= tile::BYTES,
                 "the sums of a tile are staged where the stages were");
   constexpr auto kernel = ms_ffn<UP, GATED, ROWS, Storage>;
-  ms_ffn_args args = args_of(shape, UP, GATED ? tile::BN / 2 : tile::BN);
+  ms_ffn_args args = args_of(shape, view, UP, GATED ? tile::BN / 2 : tile::BN);
   unsigned blocks = blocks_of(shape, args, 2);
   if (blocks == 0) return MS_OK;
   MS_TRY(allow_shared<kernel>(tile::BYTES, err));
@@ -62,7 +63,7 @@ ms_status launch_mma(const ms_cuda_shape *shape, const ms_cuda_view *view, ms_ac
 template <bool UP, bool GATED, int ROWS>
 ms_status launch_fma(const ms_cuda_shape *shape, const ms_cuda_view *view, ms_activation activation,
                      void *stream, ms_error *err) {
-  ms_ffn_args args = args_of(shape, UP, GATED ? MS_FMA_BN / 2 : MS_FMA_BN);
+  ms_ffn_args args = args_of(shape, view, UP, GATED ? MS_FMA_BN / 2 : MS_FMA_BN);
   unsigned blocks = blocks_of(shape, args, 4);
   if (blocks == 0) return MS_OK;
   ms_ffn_fma<UP, GATED, ROWS>

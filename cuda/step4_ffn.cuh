@@ -12,12 +12,12 @@
 // conflicts. Gated: B interleaves 8 gate rows and 8 up rows, so that both sums of a column meet in one thread.
 //
 //            BM x BN    warp tile  warps  BK bytes  stages  shared     for
-//   rows 16   16 x 64    16 x 16   1 x 4    256       4      80 KiB    streaming weights: 64 KiB of them in flight a block
+//   rows 16   16 x 64    16 x 16   1 x 4    256       4      80 KiB    streaming weights: 64 KiB in flight a block
 //   rows 64   64 x 128   64 x 32   1 x 4    128       4      96 KiB    between
 //   rows 128  128 x 128  64 x 64   2 x 2    128       3      96 KiB    tensor cores: 4096 MACs for 4 + 4 ldmatrix
 //
-// Two blocks a multiprocessor. A thread copies pieces thread % (BK / 16) of rows thread / (BK / 16), + 128 / (BK / 16) ...
-// Epilogue: sums go through the stages' memory, so that stores are 16 bytes of consecutive columns.
+// Two blocks a multiprocessor. A thread copies pieces thread % (BK / 16) of every (128 / (BK / 16))th row, from
+// thread / (BK / 16) on. Epilogue: sums go through the stages' memory, so that stores are 16 bytes of consecutive columns.
 // Bound: rows 128, bf16: 32 mma (m16n8k16) for 8 ldmatrix.x4 a warp and 32 bytes of K: tensor pipe.
 // Slow twin: ms_reference_layer.
 //
@@ -108,7 +108,11 @@ template <bool UP, bool GATED, int ROWS, typename Storage> struct ms_ffn_copies 
       // gated, 8 lines at a time: every other copy is of up rows
       bool alternate = GATED && tile::LINES == 8;
       int32_t columns = (alternate ? i / 2 : i) * (GATED ? 8 : (int32_t)tile::LINES);
+#ifdef MS_PLANT_23 // one column too many is read
+      bool there = inside && columns <= b_columns;
+#else
       bool there = inside && columns < b_columns;
+#endif
       ms_cp_async16(stage + ms_ffn_at<tile::BK>(line + i * tile::LINES, piece),
                     there ? row + (alternate && i % 2 ? b_up : 0) : b, there);
       if (!alternate || i % 2) row += b_stride;
@@ -141,12 +145,21 @@ ms_ffn_multiply(uint32_t stage,
 #pragma unroll
     for (int n = 0; n < tile::N16; n++) {
       uint32_t b[4];
+#ifdef MS_PLANT_24 // a swizzle that differs from the copies'
+      ms_ldmatrix4(b, b_stage + ms_ffn_at<tile::BK>(n0 + n * 16 + lane % 8 + lane / 16 * 8,
+                                                    (k + lane / 8 % 2) ^ 1));
+#else
       ms_ldmatrix4(b, b_stage + ms_ffn_at<tile::BK>(n0 + n * 16 + lane % 8 + lane / 16 * 8,
                                                     k + lane / 8 % 2));
+#endif
       ms_operands(b, (const Storage *)nullptr);
 #pragma unroll
       for (int m = 0; m < tile::M16; m++) {
+#ifdef MS_PLANT_26 // two registers swapped
+        ms_mma(sum[m][2 * n], a[m], b[1], b[0], (const Storage *)nullptr);
+#else
         ms_mma(sum[m][2 * n], a[m], b[0], b[1], (const Storage *)nullptr);
+#endif
         ms_mma(sum[m][2 * n + 1], a[m], b[2], b[3], (const Storage *)nullptr);
       }
     }
@@ -233,14 +246,17 @@ __device__ __forceinline__ void ms_ffn_store_h(const ms_ffn_args &args, const ms
 #pragma unroll
     for (int c = 0; c < EACH; c++) {
       h[c] = ms_activate<ACTIVATION>(h[c] + bias[c]);
-      if (GATED) h[c] *= up[c] + bias_up[c];
+      if (GATED) h[c] *= ms_factor<ACTIVATION>(up[c] + bias_up[c]);
+#ifndef MS_PLANT_29 // an infinite hidden state makes NaN of what no column is
+      if (column + c >= item.columns) h[c] = 0.f;
+#endif
     }
     Storage *to = (Storage *)view.h + (item.tile.first + row) * args.ld_h + item.column + column;
     ms_st128(to, ms_ffn_round(h, (const Storage *)nullptr));
   }
 }
 
-template <int ROWS>
+template <int ROWS, typename Storage>
 __device__ __forceinline__ void ms_ffn_store_slots(const ms_ffn_args &args,
                                                    const ms_cuda_view &view,
                                                    const ms_ffn_item &item, const float *staged) {
@@ -252,12 +268,20 @@ __device__ __forceinline__ void ms_ffn_store_slots(const ms_ffn_args &args,
   ms_ffn_biases<EACH>(item.expert.b_out ? item.expert.b_out + item.column : nullptr, column,
                       item.columns, bias);
   for (int32_t row = threadIdx.x / PIECES; row < item.tile.rows; row += MS_FFN_THREADS / PIECES) {
+#ifdef MS_PLANT_25 // the last row of a tile is never written
+    if (row == item.tile.rows - 1) continue;
+#endif
     int32_t slot = view.order[item.tile.first + row];
     float weight = ms_ffn_weight(args, view, slot), y[EACH];
     ms_ffn_staged<EACH>(staged + row * tile::STAGED + column, y);
 #pragma unroll
     for (int c = 0; c < EACH; c++) y[c] = weight * (y[c] + bias[c]);
-    float *to = view.slot + (int64_t)slot * args.D + item.column + column;
+    int64_t at = (int64_t)slot * args.D + item.column + column;
+    if (view.out) {
+      ms_store_rounded4((Storage *)view.out + at, y, item.columns - column, args.D % EACH == 0 && args.out_aligned);
+      continue;
+    }
+    float *to = view.slot + at;
     if (args.D % EACH == 0) {
       ms_st128(to, ms_ffn_round(y, to));
     } else {
@@ -290,8 +314,14 @@ __global__ void __launch_bounds__(MS_FFN_THREADS, 2)
       ms_cp_async_commit();
     }
     for (int32_t step = 0; step < steps; step++) {
+#ifdef MS_PLANT_22 // off by one: the step's copies may be under way
+      ms_cp_async_wait<tile::STAGES - 1>();
+#else
       ms_cp_async_wait<tile::STAGES - 2>();
+#endif
+#ifndef MS_PLANT_21
       __syncthreads(); // the step's copies are seen by all, and all have read the stage that is filled next
+#endif
       int32_t next = step + tile::STAGES - 1;
       if (next < steps) copies.copy(next, shared + next % tile::STAGES * tile::STAGE);
       ms_cp_async_commit();
@@ -303,12 +333,14 @@ __global__ void __launch_bounds__(MS_FFN_THREADS, 2)
     ms_ffn_stage_sums<GATED, ROWS>(staged, sum);
     __syncthreads();
     if (UP) {
-      MS_FOR_ACTIVATION(activation,
+      MS_FOR_ACTIVATION(activation, GATED,
                         (ms_ffn_store_h<GATED, ROWS, Storage, ACT>(args, view, item, staged)));
     } else {
-      ms_ffn_store_slots<ROWS>(args, view, item, staged);
+      ms_ffn_store_slots<ROWS, Storage>(args, view, item, staged);
     }
+#ifndef MS_PLANT_27 // the next item's copies may come before that
     __syncthreads(); // staged has been read
+#endif
   }
 }
 

@@ -1,11 +1,11 @@
 // step4_ffn_epilogue.cuh - what happens to a sum before it is stored, alike in every ffn kernel.
 //
-//   up     h = act(s + b)          gated: act(s_gate + b_gate) * (s_up + b_up), rounded to 16 bits where H has 16
+//   up     h = act(s + b)          gated: act(s_gate + b_gate) * factor(s_up + b_up), rounded to 16 bits where H has 16
 //   down   y = weight * (s + b)
 //
 // The activation is a template parameter: MS_FOR_ACTIVATION picks it once per tile, outside the loops over the
-// fragment. act(0) = 0 for all of them, so columns that no weight has (zero-filled operands, no bias) become zeros
-// in H by themselves. NaN stays NaN. Divisions and exponentials are the fast ones (2 ulp and about 1e-7 * |x|
+// fragment. Columns of H that no weight has, up to the next 16 bytes, are set to zero: their sums are 0 * x, which is
+// NaN for an infinite x. NaN stays NaN. Divisions and exponentials are the fast ones (2 ulp and about 1e-7 * |x|
 // relative): below the rounding of every storage type.
 // Reference: activate() in csrc/reference.c.
 //
@@ -27,8 +27,19 @@ template <ms_activation ACTIVATION> __device__ __forceinline__ float ms_activate
     return __fdividef(x, 1.f + __expf(-1.59576912f * x * (1.f + 0.044715f * x * x)));
   else if constexpr (ACTIVATION == MS_SILU)
     return __fdividef(x, 1.f + __expf(-x));
-  else
+  else if constexpr (ACTIVATION == MS_CLAMPED_SWIGLU) {
+    float gate = x > 7.f ? 7.f : x;
+    return __fdividef(gate, 1.f + __expf(-1.702f * gate));
+  } else
     return x;
+}
+
+// What the activated gate is multiplied by.
+template <ms_activation ACTIVATION> __device__ __forceinline__ float ms_factor(float up) {
+  if constexpr (ACTIVATION == MS_CLAMPED_SWIGLU)
+    return (up > 7.f ? 7.f : up < -7.f ? -7.f : up) + 1.f;
+  else
+    return up;
 }
 
 // Two sums rounded to the storage type, `low` in the low half: the order of columns in memory.
@@ -42,8 +53,23 @@ template <> __device__ __forceinline__ uint32_t ms_round2<__half>(float low, flo
   return *reinterpret_cast<uint32_t *>(&pair);
 }
 
-// Run `statement` with the constant ACT = activation; activation is the same for all threads.
-#define MS_FOR_ACTIVATION(activation, statement)                                                                       \
+// The rounded values of 4 columns in a row of out.
+template <typename Storage>
+__device__ __forceinline__ void ms_store_rounded4(Storage *to, const float (&y)[4], int32_t there, bool aligned) {
+  if (aligned) {
+    if constexpr (sizeof(Storage) == 4)
+      *(float4 *)to = make_float4(y[0], y[1], y[2], y[3]);
+    else
+      *(uint2 *)to = make_uint2(ms_round2<Storage>(y[0], y[1]), ms_round2<Storage>(y[2], y[3]));
+    return;
+  }
+#pragma unroll
+  for (int c = 0; c < 4; c++)
+    if (c < there) to[c] = (Storage)y[c];
+}
+
+// Run `statement` with the constant ACT = activation, the same for all threads; `gated` is a constant.
+#define MS_FOR_ACTIVATION(activation, gated, statement)                                                                \
   switch (activation) {                                                                                                \
   case MS_RELU: {                                                                                                      \
     constexpr ms_activation ACT = MS_RELU;                                                                             \
@@ -60,6 +86,10 @@ template <> __device__ __forceinline__ uint32_t ms_round2<__half>(float low, flo
   case MS_SILU: {                                                                                                      \
     constexpr ms_activation ACT = MS_SILU;                                                                             \
     statement;                                                                                                         \
+  } break;                                                                                                             \
+  case MS_CLAMPED_SWIGLU: {                                                                                            \
+    constexpr ms_activation ACT = gated ? MS_CLAMPED_SWIGLU : MS_IDENTITY;                                             \
+    if constexpr (gated) statement;                                                                                    \
   } break;                                                                                                             \
   default: {                                                                                                           \
     constexpr ms_activation ACT = MS_IDENTITY;                                                                         \

@@ -1,10 +1,11 @@
-// step4_ffn_fma.cuh - the two matrix products of ffn in strict float32: fused multiply-adds, one chain a sum, K in order.
+// step4_ffn_fma.cuh - the two matrix products of ffn in strict float32: fused multiply-adds, a chain a sum, K in order.
 //
 //   as step4_ffn.cuh; operands, zero filling and items are the same
 //
 // A block: 256 threads, ROWS x 64 sums, 16 numbers of K a step. A stage holds A and B transposed, [16][ROWS + 4] and
-// [16][64 + 4]: a thread reads 4 neighbouring rows, or columns, at a time. Two stages: the next step's numbers are loaded
-// to registers before the products of this one, and stored after them.
+// [16][64 + 4], row r of number k at r ^ (k & 8): a thread reads 4 neighbouring rows, or columns, at a time, and a warp
+// that stores 4 numbers each of 8 rows meets no bank twice. Two stages: the next step's numbers are loaded to registers
+// before the products of this one, and stored after them.
 //
 //   ROWS 16: 1 row x 4 columns a thread    64: 4 x 4    128: 8 x 4
 //
@@ -82,16 +83,18 @@ __global__ void __launch_bounds__(MS_FMA_THREADS)
       for (int l = 0; l < tile::A_LOADS; l++) {
         int32_t row = line + l * 64;
         if (row >= ROWS) continue;
+        row ^= k4 & 8;
         stage[(k4 + 0) * tile::A_STRIDE + row] = a_next[l].x;
         stage[(k4 + 1) * tile::A_STRIDE + row] = a_next[l].y;
         stage[(k4 + 2) * tile::A_STRIDE + row] = a_next[l].z;
         stage[(k4 + 3) * tile::A_STRIDE + row] = a_next[l].w;
       }
       stage += MS_FMA_BK * tile::A_STRIDE;
-      stage[(k4 + 0) * tile::B_STRIDE + line] = b_next.x;
-      stage[(k4 + 1) * tile::B_STRIDE + line] = b_next.y;
-      stage[(k4 + 2) * tile::B_STRIDE + line] = b_next.z;
-      stage[(k4 + 3) * tile::B_STRIDE + line] = b_next.w;
+      const int32_t b_line = line ^ (k4 & 8);
+      stage[(k4 + 0) * tile::B_STRIDE + b_line] = b_next.x;
+      stage[(k4 + 1) * tile::B_STRIDE + b_line] = b_next.y;
+      stage[(k4 + 2) * tile::B_STRIDE + b_line] = b_next.z;
+      stage[(k4 + 3) * tile::B_STRIDE + b_line] = b_next.w;
     };
 
     float sum[tile::M][4] = {};
@@ -106,10 +109,10 @@ __global__ void __launch_bounds__(MS_FMA_THREADS)
       const float *a = shared[step % 2], *b = a + MS_FMA_BK * tile::A_STRIDE;
 #pragma unroll
       for (int k = 0; k < MS_FMA_BK; k++) {
-        float4 w = *(const float4 *)(b + k * tile::B_STRIDE + tn * 4);
+        float4 w = *(const float4 *)(b + k * tile::B_STRIDE + (tn * 4 ^ (k & 8)));
 #pragma unroll
         for (int m = 0; m < tile::M; m++) {
-          float x = a[k * tile::A_STRIDE + tm * tile::M + m];
+          float x = a[k * tile::A_STRIDE + (tm * tile::M ^ (k & 8)) + m];
           sum[m][0] = fmaf(x, w.x, sum[m][0]);
           sum[m][1] = fmaf(x, w.y, sum[m][1]);
           sum[m][2] = fmaf(x, w.z, sum[m][2]);
@@ -117,7 +120,9 @@ __global__ void __launch_bounds__(MS_FMA_THREADS)
         }
       }
       if (step + 1 < steps) store(shared[(step + 1) % 2]);
+#ifndef MS_PLANT_28 // the next step's numbers may not be there yet
       __syncthreads();
+#endif
     }
 
     // This thread's columns of the item: 4, or 2 of both matrices.
@@ -136,23 +141,27 @@ __global__ void __launch_bounds__(MS_FMA_THREADS)
       int32_t at = item.tile.first + row;
       if (UP) {
         float h[4];
-        MS_FOR_ACTIVATION(activation, {
+        MS_FOR_ACTIVATION(activation, GATED, {
           for (int c = 0; c < count; c++) {
             h[c] = ms_activate<ACT>(sum[m][c] + b_first[c]);
-            if (GATED) h[c] *= sum[m][2 + c] + b_second[c];
+            if (GATED) h[c] *= ms_factor<ACT>(sum[m][2 + c] + b_second[c]);
+            if (column + c >= item.columns) h[c] = 0.f;
           }
         });
         float *to = (float *)view.h + at * args.ld_h + item.column + column;
-        for (int c = 0; c < count; c += 2) // columns up to ld_h, a multiple of 4, are zeros
-          if (column + c < (item.columns + 3) / 4 * 4)
-            *(float2 *)(to + c) = make_float2(h[c], h[c + 1]);
+        if (column < (item.columns + 3) / 4 * 4) { // columns up to ld_h, a multiple of 4, are zeros
+          if (GATED)
+            *(float2 *)to = make_float2(h[0], h[1]);
+          else
+            *(float4 *)to = make_float4(h[0], h[1], h[2], h[3]);
+        }
       } else {
         int32_t slot = view.order[at];
         float weight = ms_ffn_weight(args, view, slot);
-        float *to = view.slot + (int64_t)slot * args.D + item.column + column;
+        float *to = (view.out ? (float *)view.out : view.slot) + (int64_t)slot * args.D + item.column + column;
         float y[4];
         for (int c = 0; c < 4; c++) y[c] = weight * (sum[m][c] + b_first[c]);
-        if (args.D % 4 == 0) {
+        if (args.D % 4 == 0 && args.out_aligned) {
           if (column < item.columns) *(float4 *)to = make_float4(y[0], y[1], y[2], y[3]);
         } else {
           for (int c = 0; c < 4; c++)

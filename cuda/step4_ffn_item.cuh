@@ -14,6 +14,7 @@ typedef struct ms_ffn_args { // of one launch, beside the view
   int32_t T, K, D;
   int32_t block;  // columns of an item (of H: up; of D: down)
   int32_t blocks; // such blocks of the widest expert
+  bool out_aligned; // view.out is at a multiple of 16 bytes
 } ms_ffn_args;
 
 typedef struct ms_ffn_item {

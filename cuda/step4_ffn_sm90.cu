@@ -37,6 +37,7 @@ ms_status launch(const ms_cuda_shape *shape, const ms_cuda_view *view, ms_activa
   it.T = shape->T;
   it.K = shape->K;
   it.D = (int32_t)shape->D;
+  it.aligned = shape->D % 4 == 0 && (uintptr_t)view->out % 16 == 0;
   it.ld_in = (shape->D + 7) / 8 * 8;
   it.ld_x = shape->ld_x;
   it.ld_h = shape->ld_h;

@@ -98,6 +98,7 @@ struct ms_sm90_launch {
   int64_t T, K, ld_in, ld_x;
   int64_t message_bytes, weight_at, ld_h;
   int32_t D, block, blocks; // block: columns of one item (gated: half of B's rows)
+  bool aligned;             // rows of slot, or of view.out, can be written 4 columns at a time
 };
 
 // Item i, or false if it has nothing to do: a column block that its expert is too narrow for.
@@ -258,6 +259,19 @@ __device__ __forceinline__ uint4 ms_sm90_load_staged(uint32_t shared) {
   return *(const uint4 *)__cvta_shared_to_generic(shared);
 }
 
+// The first `count` of 8 columns, zeros in place of the others.
+__device__ __forceinline__ uint4 ms_sm90_first(uint4 columns, int32_t count) {
+  auto kept = [count](uint32_t pair, int32_t at) {
+    return at + 1 < count ? pair : at < count ? pair & 0xffff : 0;
+  };
+  return make_uint4(kept(columns.x, 0), kept(columns.y, 2), kept(columns.z, 4), kept(columns.w, 6));
+}
+
+// The same for floats that 4 lanes of a row store 8 bytes of each: their rows' pieces are two apart.
+__device__ __forceinline__ uint32_t ms_sm90_staged_floats(uint32_t staging, int32_t row, int32_t piece) {
+  return staging + row * 128 + ((piece ^ (row % 4 * 2)) * 16);
+}
+
 // H from the sums: 64 columns at a time through the staging area, then 128 bytes of a row by 8 lanes.
 template <typename Storage, ms_activation ACTIVATION, bool GATED, int SUMS>
 __device__ __forceinline__ void ms_sm90_store_h(const ms_sm90_launch &launch, const ms_cuda_view &view,
@@ -285,7 +299,8 @@ __device__ __forceinline__ void ms_sm90_store_h(const ms_sm90_launch &launch, co
           if (GATED) {
             float2 gate = biased(group + g, c, 0, 8 * (group + g));
             float2 up = biased(group + g, c, width, 8 * (group + g) + 4);
-            h[c] = make_float2(ms_activate<ACTIVATION>(gate.x) * up.x, ms_activate<ACTIVATION>(gate.y) * up.y);
+            h[c] = make_float2(ms_activate<ACTIVATION>(gate.x) * ms_factor<ACTIVATION>(up.x),
+                               ms_activate<ACTIVATION>(gate.y) * ms_factor<ACTIVATION>(up.y));
           } else {
             float2 s = biased(group + g, c, 0, 4 * (group + g));
             h[c] = make_float2(ms_activate<ACTIVATION>(s.x), ms_activate<ACTIVATION>(s.y));
@@ -302,6 +317,7 @@ __device__ __forceinline__ void ms_sm90_store_h(const ms_sm90_launch &launch, co
     for (int i = 0; i < 4; i++) {
       int32_t row = 4 * i + lane / 8;
       uint4 value = ms_sm90_load_staged(ms_sm90_staged(place.staging, row, lane % 8));
+      if (column + 8 > width) value = ms_sm90_first(value, width - column); // beyond it, 0 * infinity may be in the sum
 #ifdef MS_PLANT_4 // the last row of a tile is never written
       if (place.row + row < item.rows - 1 && column < width)
 #else
@@ -337,7 +353,7 @@ __device__ __forceinline__ ms_sm90_slots ms_sm90_slots_of(const ms_sm90_launch &
 }
 
 // slot from the sums: 32 columns at a time, as above.
-template <int SUMS>
+template <typename Storage, int SUMS>
 __device__ __forceinline__ void ms_sm90_store_slots(const ms_sm90_launch &launch, const ms_cuda_view &view,
                                                     const ms_sm90_head &item, const ms_sm90_place &place,
                                                     const ms_sm90_slots &slots, const float (&sum)[SUMS]) {
@@ -350,7 +366,8 @@ __device__ __forceinline__ void ms_sm90_store_slots(const ms_sm90_launch &launch
     for (int g = 0; g < 4; g++)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        uint32_t piece = ms_sm90_staged(place.staging, lane / 4 + 8 * half, 2 * g + lane % 4 / 2) + lane % 2 * 8;
+        uint32_t piece =
+            ms_sm90_staged_floats(place.staging, lane / 4 + 8 * half, 2 * g + lane % 4 / 2) + lane % 2 * 8;
         *(float2 *)__cvta_shared_to_generic(piece) =
             make_float2(sum[4 * (chunk + g) + 2 * half], sum[4 * (chunk + g) + 2 * half + 1]);
       }
@@ -363,19 +380,43 @@ __device__ __forceinline__ void ms_sm90_store_slots(const ms_sm90_launch &launch
         if (c < there) b[c] = __ldg(bias + column + c);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      uint4 raw = ms_sm90_load_staged(ms_sm90_staged(place.staging, 4 * i + lane / 8, lane % 8));
+      uint4 raw = ms_sm90_load_staged(ms_sm90_staged_floats(place.staging, 4 * i + lane / 8, lane % 8));
       float w = slots.weight[i];
       float4 y = make_float4(w * (__uint_as_float(raw.x) + b[0]), w * (__uint_as_float(raw.y) + b[1]),
                              w * (__uint_as_float(raw.z) + b[2]), w * (__uint_as_float(raw.w) + b[3]));
       if (slots.slot[i] < 0) continue;
-      float *to = view.slot + (int64_t)slots.slot[i] * launch.D + column;
-      if (launch.D % 4 == 0) {
+      int64_t at = (int64_t)slots.slot[i] * launch.D + column;
+      if (view.out) {
+        const float rounded[4] = {y.x, y.y, y.z, y.w};
+        if (there > 0) ms_store_rounded4((Storage *)view.out + at, rounded, there, launch.aligned);
+        continue;
+      }
+      float *to = view.slot + at;
+      if (launch.aligned) {
         if (there > 0) *(float4 *)to = y;
       } else
 #pragma unroll 1
         for (int c = 0; c < there && c < 4; c++) to[c] = c == 0 ? y.x : c == 1 ? y.y : c == 2 ? y.z : y.w;
     }
   }
+}
+
+// The head beside a stage, for all lanes of a warp. The lane that gives the stage back reads it, and tells the others:
+// so the read comes before the arrival in that lane's own program, without a __syncwarp between.
+__device__ __forceinline__ ms_sm90_head ms_sm90_head_of(uint32_t shared) {
+  uint4 words[2] = {};
+  if (threadIdx.x % 32 == 0) {
+    words[0] = ms_sm90_load_staged(shared);
+    words[1] = ms_sm90_load_staged(shared + 16);
+  }
+  auto told = [](uint32_t x) { return (int32_t)__shfl_sync(~0u, x, 0); };
+  ms_sm90_head head;
+  head.first = told(words[0].x), head.rows = told(words[0].y);
+  head.column = told(words[0].z), head.steps = told(words[0].w);
+  head.width = told(words[1].x);
+  uint32_t low = (uint32_t)told(words[1].z), high = (uint32_t)told(words[1].w);
+  head.bias = (const float *)(uintptr_t)((uint64_t)high << 32 | low);
+  return head;
 }
 
 template <bool UP, bool GATED, int ROWS, typename Storage>
@@ -398,7 +439,7 @@ __device__ __forceinline__ void ms_sm90_multiply(const ms_sm90_launch &launch, c
   };
   for (;;) {
     ms_mbarrier_wait(shared + layout::FULL_AT + ring.stage * 8, ring.phase);
-    const ms_sm90_head item = *(const ms_sm90_head *)__cvta_shared_to_generic(shared + layout::HEAD_AT + ring.stage * 32);
+    const ms_sm90_head item = ms_sm90_head_of(shared + layout::HEAD_AT + ring.stage * 32);
     if (item.steps == 0) break;
     place.column = item.column + half;
     // A group whose rows or columns are all beyond the tile only passes the stages on.
@@ -435,9 +476,9 @@ __device__ __forceinline__ void ms_sm90_multiply(const ms_sm90_launch &launch, c
     release(before);
 #endif
     if constexpr (UP) {
-      MS_FOR_ACTIVATION(activation, (ms_sm90_store_h<Storage, ACT, GATED>(launch, view, item, place, sum)));
+      MS_FOR_ACTIVATION(activation, GATED, (ms_sm90_store_h<Storage, ACT, GATED>(launch, view, item, place, sum)));
     } else
-      ms_sm90_store_slots(launch, view, item, place, slots, sum);
+      ms_sm90_store_slots<Storage>(launch, view, item, place, slots, sum);
   }
 }
 

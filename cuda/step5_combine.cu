@@ -10,14 +10,15 @@ static ms_status launch(const ms_cuda_shape *shape, const ms_combine_args &a, vo
   int64_t threads = a.rows * (a.D / VECTOR), blocks = (threads + MS_COMBINE_THREADS - 1) / MS_COMBINE_THREADS;
   int64_t most = (int64_t)BLOCKS_PER_SM * shape->sms;
   if (blocks == 0) return MS_OK;
-  ms_combine<Out, VECTOR><<<(unsigned)(blocks < most ? blocks : most), MS_COMBINE_THREADS, 0, (cudaStream_t)stream>>>(a);
+  ms_combine<Out, VECTOR>
+      <<<(unsigned)(blocks < most ? blocks : most), MS_COMBINE_THREADS, 0, (cudaStream_t)stream>>>(a);
   return ms_cuda_status(cudaGetLastError(), "combine", err);
 }
 
 template <typename Out>
 static ms_status choose(const ms_cuda_shape *shape, const ms_combine_args &a, void *stream, ms_error *err) {
-  bool aligned = a.D % 8 == 0 && ((uintptr_t)a.from | (uintptr_t)a.to) % 16 == 0;
-  return aligned ? launch<Out, 8>(shape, a, stream, err) : launch<Out, 1>(shape, a, stream, err);
+  bool aligned = a.D % 4 == 0 && ((uintptr_t)a.from | (uintptr_t)a.to) % 16 == 0;
+  return aligned ? launch<Out, 4>(shape, a, stream, err) : launch<Out, 1>(shape, a, stream, err);
 }
 
 static ms_status choose_dtype(const ms_cuda_shape *shape, ms_dtype dtype, const ms_combine_args &a, void *stream,
@@ -32,8 +33,9 @@ ms_status ms_cuda_combine(const ms_cuda_shape *shape, const ms_cuda_view *view, 
   ms_combine_args a = {};
   a.messages = view->messages;
   a.message_bytes = shape->message_bytes;
+  a.tile_count = view->tile_count;
   a.expert_at = shape->expert_at;
-  a.from = view->slot;
+  a.from = view->out ? (const float *)view->out : view->slot;
   a.T = shape->T;
   a.D = shape->D;
   a.K = shape->K;

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .api import shard, unshard
     from .errors import (
         ArgumentError,
+        CheckpointError,
         CommError,
         CommTimeout,
         CudaError,
@@ -39,18 +40,23 @@ if TYPE_CHECKING:
     from .experts import ExpertWeights
     from .functional import PackedExperts, fused_experts, pack
     from .group import Group, init
+    from .implementation import disable_transformers, enable_transformers
     from .launcher import Ranks, launch, worker_state
     from .layer import ShardedExperts
+    from .loading import from_pretrained
     from .planner import ModelPlan, plan
     from .plans import Plan
     from .profiles import Profile, profile
     from .reports import Report, report
+    from .saving import save_pretrained, state_dict
+    from .speeds import measure_speed
 
 __version__ = _core.__version__
 
 __all__ = [
     "Adapter",
     "ArgumentError",
+    "CheckpointError",
     "CommError",
     "CommTimeout",
     "CudaError",
@@ -70,15 +76,21 @@ __all__ = [
     "Report",
     "ShapeError",
     "ShardedExperts",
+    "disable_transformers",
+    "enable_transformers",
+    "from_pretrained",
     "fused_experts",
     "init",
     "launch",
+    "measure_speed",
     "pack",
     "plan",
     "profile",
     "register_adapter",
     "report",
+    "save_pretrained",
     "shard",
+    "state_dict",
     "unshard",
     "worker_state",
 ]
@@ -91,12 +103,16 @@ _ROOMS = {
     "experts": ("ExpertWeights",),
     "functional": ("PackedExperts", "fused_experts", "pack"),
     "group": ("Group", "init"),
+    "implementation": ("disable_transformers", "enable_transformers"),
     "launcher": ("Ranks", "launch", "worker_state"),
     "layer": ("ShardedExperts",),
+    "loading": ("from_pretrained",),
     "planner": ("ModelPlan", "plan"),
     "plans": ("Plan",),
     "profiles": ("Profile", "profile"),
     "reports": ("Report", "report"),
+    "saving": ("save_pretrained", "state_dict"),
+    "speeds": ("measure_speed",),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 

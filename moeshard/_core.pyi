@@ -14,7 +14,7 @@ class SupportsDLPack(Protocol):
 
 DType = Literal["float32", "bfloat16", "float16"]
 Storage = Literal["float32", "bfloat16", "float16", "int8"]  # of packed weights
-Activation = Literal["identity", "relu", "gelu", "gelu_tanh", "silu"]
+Activation = Literal["identity", "relu", "gelu", "gelu_tanh", "silu", "clamped_swiglu"]
 
 __version__: Final[str]
 
@@ -66,6 +66,16 @@ def plan_hybrid(ranks: int, num_experts: int, d_ff: int, group: int) -> NDArray[
 def plan_check(columns: ArrayLike, d_ff: int, copies: ArrayLike | None = None) -> None: ...
 def plan_work(columns: ArrayLike, counts: ArrayLike, copies: ArrayLike | None = None) -> NDArray[np.float64]: ...
 
+@final
+class Layout:  # a table made ready for the steps of one rank
+    def __new__(cls, columns: ArrayLike, d_ff: int, copies: ArrayLike, rank: int) -> Self: ...
+    @property
+    def copy_of(self) -> NDArray[np.int32]: ...  # [R, E]; -1: holds no column
+    @property
+    def sparse(self) -> bool: ...
+    @property
+    def rank(self) -> int: ...
+
 # chapter W: experts
 @final
 class PackedExperts:
@@ -80,6 +90,7 @@ class PackedExperts:
         gated: bool,
         b_in: bool,
         b_out: bool,
+        interleaved: bool = False,
     ) -> Self: ...
     def pack(
         self,
@@ -135,11 +146,12 @@ class Batch:
         *,
         layer: int = 0,
         replicated: bool = False,
+        layout: Layout | None = None,
     ) -> None: ...
     def group(self) -> None: ...
     def ffn(self, experts: PackedExperts, /) -> None: ...
     # the halves of gather and combine, for a transport written in Python
-    def header(self, call: int) -> NDArray[np.int64]: ...  # [8]
+    def header(self, call: int) -> NDArray[np.int64]: ...  # [9]
     def gather_from(
         self,
         rank: int,
@@ -148,11 +160,25 @@ class Batch:
         top_k_index: SupportsDLPack,  # [N, K] int32
         top_k_weights: SupportsDLPack,  # [N, K] float32
     ) -> None: ...
+    def gather_routing(
+        self,
+        rank: int,
+        tokens: ArrayLike,  # [R]
+        top_k_index: SupportsDLPack,  # [N, K] int32
+        top_k_weights: SupportsDLPack,  # [N, K] float32
+    ) -> None: ...
+    def needed(self, source: int, reader: int) -> NDArray[np.int32]: ...  # tokens of source
+    def gather_rows(self, hidden_states: SupportsDLPack, /) -> None: ...  # [M, D]
+    def take(self, tokens: ArrayLike | None = None, /) -> NDArray[Any]: ...  # [n, D]; uint16 words for 16-bit dtypes
     def combine_choices(self) -> NDArray[np.float32]: ...  # [N, D], not a copy
-    def combine_ranks(self, parts: Sequence[SupportsDLPack], /) -> None: ...  # R times [T, D] float32
+    def combine_ranks(self, parts: Sequence[SupportsDLPack], /) -> None: ...  # R times [T, D] or [M, D] float32
     def routing(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]: ...  # [T, K] each
     def rows(self) -> NDArray[Any]: ...  # [N, D]; uint16 words for 16-bit dtypes
-    def counts(self) -> NDArray[np.int64]: ...  # [E]
+    def counts(self, own: bool = False, /) -> NDArray[np.int64]: ...  # [E]
+    @property
+    def rows_read(self) -> tuple[int, int]: ...  # tokens, partial outputs of other ranks
+    @property
+    def sparse(self) -> bool: ...
     @property
     def tokens_per_rank(self) -> NDArray[np.int64]: ...  # [R]
     @property
@@ -162,7 +188,7 @@ class Batch:
     @property
     def nbytes(self) -> int: ...
 
-def header_check(headers: ArrayLike, /) -> None: ...  # [R, 8]
+def header_check(headers: ArrayLike, /) -> None: ...  # [R, 9]
 
 # chapter X: exchange
 @final

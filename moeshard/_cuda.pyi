@@ -48,6 +48,7 @@ class PackedExperts:
         b_in: SupportsDLPack | None = None,
         b_out: SupportsDLPack | None = None,
     ) -> None: ...
+    def seen(self, *, forget: bool = False) -> NDArray[np.int64]: ...  # [E+1]: slots of each expert, all slots
     @property
     def device(self) -> int: ...
     @property
@@ -84,9 +85,26 @@ class Engine:
         *,
         capacity: int | None = None,
         layer: int = 0,
+        replicated: bool = False,
         tf32: bool = False,
     ) -> None: ...
     def faults(self) -> None: ...
+    def start_recording(self) -> None: ...
+    def stamp(self, tensor: SupportsDLPack, /) -> None: ...
+    def stop_recording(
+        self,
+    ) -> list[
+        tuple[
+            int,  # layer
+            int,  # tokens
+            int,  # choices
+            str,  # dtype
+            float,  # block: ns since recording began, nan: not known
+            float,  # begin
+            tuple[float, float, float, float, float],  # ns in each step
+            NDArray[np.int64],  # [E+1] seen
+        ]
+    ]: ...
     @property
     def device(self) -> int: ...
 

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,7 +18,7 @@ from .adapters import Adapter, Capacity, find_adapter, looks_like_moe
 from .experts import ExpertWeights, Sizes, storage_name
 from .group import Group, init
 from .interrupts import interrupts_put_off
-from .layer import ShardedExperts, is_replicated
+from .layer import ShardedExperts, check_copies, is_replicated
 from .planner.results import ModelPlan
 from .plans import Plan, PlanChoice, plan_for
 from .streaming import Load, allocate, empty, pack_and_free, unpack_and_free
@@ -84,8 +86,9 @@ def shard(
             weights on every rank; on the CPU, or on this rank's CUDA device, which then runs the layers.
         group: the ranks. ``None``: :func:`moeshard.init`.
         plan: the layout of each MoE layer. ``"auto"``, ``"shard"``: every expert over every rank;
-            ``"expert_parallel"``: each expert whole on one rank; a :class:`moeshard.Plan`; or what
-            :func:`moeshard.plan` found for each layer.
+            ``"expert_parallel"``: each expert whole on one rank; a :class:`moeshard.Plan` of the layers' sizes, see
+            ``docs/layouts.md``; or what :func:`moeshard.plan` found for each layer. A plan that prunes experts frees
+            their weights for good: ``unshard`` will refuse.
         dtype: storage of the experts: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"int8"`` (weights within half a
             scale, see ``docs/numerics.md``) or torch's. ``None``: as it is.
         tokens: ``"local"``: each rank has its own batch; ``"replicated"``: all ranks hold the same.
@@ -110,14 +113,9 @@ def shard(
     """
     group = init() if group is None else group
     with torch.inference_mode(False), torch.no_grad():
-        with group.all_or_none():
-            replicated = is_replicated(tokens)
-            _check_capacity(capacity)
-            sites = _sites(model, group, plan, dtype)
-            facts = _facts(sites, tokens, capacity)
-        group.agree(facts)
+        sites, replicated = prepare(model, group, plan, dtype, tokens, capacity)
         with interrupts_put_off():
-            model, loads = _replace(model, sites, group, capacity, replicated)
+            model, loads = replace_blocks(model, sites, group, capacity, replicated)
             sites.clear()  # they would keep the originals
             try:
                 pack_and_free(loads, progress and group.rank == 0)
@@ -125,6 +123,38 @@ def shard(
                 group.close()  # so that experts that are not packed are never called
                 raise
     return model
+
+
+def prepare(
+    model: nn.Module,
+    group: Group,
+    plan: PlanChoice,
+    dtype: object,
+    tokens: Literal["local", "replicated"],
+    capacity: Capacity,
+    sample: Callable[[ExpertWeights], str] | None = None,
+) -> tuple[list[Site], bool]:
+    """Check all that can be checked before anything is changed. Collective.
+
+    Args:
+        model: as in :func:`shard`, as are the options.
+        group: the ranks.
+        plan: the layout.
+        dtype: storage of the experts.
+        tokens: whose tokens a rank has.
+        capacity: what is dropped.
+        sample: what tells a layer's weights from others; ``None``: some of them, read.
+
+    Returns:
+        The blocks to replace; whether all ranks hold the same tokens.
+    """
+    with group.all_or_none():
+        replicated = is_replicated(tokens)
+        _check_capacity(capacity)
+        sites = _sites(model, group, plan, dtype)
+        facts = _facts(sites, tokens, capacity, sample or _sample)
+    group.agree(facts)
+    return sites, replicated
 
 
 def unshard(model: Model) -> Model:
@@ -140,16 +170,14 @@ def unshard(model: Model) -> Model:
         The model, every parameter the same object as before; its bits too, unless ``shard`` changed the dtype.
 
     Raises:
-        ArgumentError: the model is not sharded.
+        ArgumentError: the model is not sharded, or its plan has pruned experts, whose weights are gone.
         CommError: a rank failed (PeerError; there its own error) or is lost. The model stays sharded, on all ranks:
             after PeerError it works and ``unshard`` can be called again; after a loss the group is closed.
 
     Example:
         >>> model = moeshard.unshard(moeshard.shard(model))  # doctest: +SKIP
     """
-    sharded = _originals(model)
-    if not sharded:
-        raise _core.ArgumentError("model: it is not sharded")
+    sharded = originals(model)
     group = sharded[0][1].experts.group
     with torch.inference_mode(False), torch.no_grad(), interrupts_put_off():
         back: list[Load] = []
@@ -169,17 +197,28 @@ def unshard(model: Model) -> Model:
             raise
         for places, original in sharded:
             original.adapter.restore(original.block)
-            model = _put(model, places, original.block)
+            model = put(model, places, original.block)
     return model
 
 
-def _originals(model: nn.Module) -> list[tuple[Places, Original]]:
-    """The blocks that shard has replaced, and where."""
+def originals(model: nn.Module) -> list[tuple[Places, Original]]:
+    """The blocks that shard has replaced, and where; the ranks together have all their weights.
+
+    Raises:
+        ArgumentError: there is none, or the plan has pruned experts, whose weights are gone.
+    """
     found = []
     for _, places, module in _modules(model):
         original: object = getattr(module, "moeshard_original", None)
         if isinstance(original, Original):
+            pruned = np.flatnonzero(original.experts.plan.copies == 0).tolist()
+            if pruned:
+                raise _core.ArgumentError(
+                    f"model: the plan it was sharded with has pruned experts {pruned}: no rank has them"
+                )
             found.append((places, original))
+    if not found:
+        raise _core.ArgumentError("model: it is not sharded")
     return found
 
 
@@ -192,7 +231,7 @@ def _sites(model: nn.Module, group: Group, plan: PlanChoice, dtype: object) -> l
         raise _core.ArgumentError("model: it is already sharded, call moeshard.unshard(model) first")
     blocks = [(*entry, adapter) for entry in modules if (adapter := find_adapter(entry[2])) is not None]
     if not blocks:
-        raise _core.ArgumentError(_no_block(model))
+        raise _core.ArgumentError(no_block(model))
     sites = [_site(name, places, block, adapter, group, plan, dtype) for name, places, block, adapter in blocks]
     first = sites[0]
     for site in sites:
@@ -226,6 +265,7 @@ def _site(
         weights = adapter.weights(block)
         sizes = weights.sizes()
         table = plan_for(plan, group.size, sizes.num_experts, sizes.d_ff, name)
+        check_copies(table, sizes.device_type)
     except _core.MoeshardError as error:
         raise type(error)(f"{where}: {error}") from error
     return Site(
@@ -244,7 +284,8 @@ def _modules(model: nn.Module) -> Iterable[tuple[str, Places, nn.Module]]:
     return found.values()
 
 
-def _no_block(model: nn.Module) -> str:
+def no_block(model: nn.Module) -> str:
+    """What to say of a model without a MoE block of a known class."""
     suspects = sorted({type(module).__qualname__ for module in model.modules() if looks_like_moe(module)})
     if not suspects:
         return f"model: {type(model).__name__} has no Mixture-of-Experts layer"
@@ -270,7 +311,9 @@ def _check_capacity(capacity: object) -> None:
         raise _core.ArgumentError(f"capacity: expected 'model', None or a positive integer, got {capacity!r}")
 
 
-def _facts(sites: Sequence[Site], tokens: str, capacity: Capacity) -> dict[str, str]:
+def _facts(
+    sites: Sequence[Site], tokens: str, capacity: Capacity, sample: Callable[[ExpertWeights], str]
+) -> dict[str, str]:
     """What must be the same on all ranks. Of the weights, a sample: enough to tell checkpoints and seeds apart."""
     facts = {"the device": sites[0].sizes.device_type, "tokens": str(tokens), "capacity": str(capacity)}
     for site in sites:
@@ -279,7 +322,7 @@ def _facts(sites: Sequence[Site], tokens: str, capacity: Capacity) -> dict[str, 
         facts[f"layer {site.name}"] = f"{sizes.num_experts} experts {sizes.d_model} x {sizes.d_ff} {kind} {sizes.dtype}"
         facts[f"the dtype of layer {site.name}"] = site.dtype
         facts[f"the plan of layer {site.name}"] = f"{site.plan} {site.plan.digest}"
-        facts[f"the weights of layer {site.name} (were all ranks given the same?)"] = _sample(weights)
+        facts[f"the weights of layer {site.name} (were all ranks given the same?)"] = sample(weights)
     return facts
 
 
@@ -291,7 +334,7 @@ def _sample(weights: ExpertWeights) -> str:
     return digest.hexdigest()
 
 
-def _replace(
+def replace_blocks(
     model: Model, sites: Sequence[Site], group: Group, capacity: Capacity, replicated: bool
 ) -> tuple[Model, list[Load]]:
     """Put a replacement in the place of every block, its experts still to be packed; on all ranks or on none."""
@@ -314,10 +357,15 @@ def _replace(
                 replacement.moeshard_original = Original(  # type: ignore[assignment]
                     site.block, site.adapter, experts, parameters, shapes
                 )
-                sharded = _put(sharded, site.places, replacement.eval())
+                experts.emptied = list(parameters)
+                experts.interleaved = site.weights.interleaved
+                held = {id(parameter) for parameter in parameters}
+                names = [name for name, parameter in site.block.named_parameters() if id(parameter) in held]
+                replacement.register_load_state_dict_pre_hook(partial(_refuse_experts, names))  # type: ignore[no-untyped-call]
+                sharded = put(sharded, site.places, replacement.eval())
     except BaseException:
         for site in built:
-            _put(model, site.places, site.block)
+            put(model, site.places, site.block)
             site.adapter.restore(site.block)
         raise
     return sharded, loads
@@ -333,7 +381,19 @@ _HOOKS = (
 )
 
 
-def _put(model: Model, places: Places, module: nn.Module) -> Model:
+def _refuse_experts(
+    names: Sequence[str], module: nn.Module, state_dict: Mapping[str, object], prefix: str, *arguments: object
+) -> None:
+    """Before load_state_dict: experts would be forgotten without a word, with ``strict=False``."""
+    found = next((prefix + name for name in names if prefix + name in state_dict), None)
+    if found is not None:
+        raise _core.ArgumentError(
+            f"load_state_dict: {found} belongs to experts that are packed and spread over the ranks: call "
+            "moeshard.unshard(model) first, then load, then shard"
+        )
+
+
+def put(model: Model, places: Places, module: nn.Module) -> Model:
     """Hang a module where another was, and return the model: the module itself, if the other was the model."""
     for parent, attribute in places:
         setattr(parent, attribute, module)

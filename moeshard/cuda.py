@@ -20,9 +20,10 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import _core
 from .experts import DTYPES
@@ -70,6 +71,30 @@ def nccl_files() -> list[str]:
     homes = [] if nvidia is None else list(nvidia.submodule_search_locations or ())
     files = [Path(home, "nccl", "lib", "libnccl.so.2") for home in homes]
     return [str(file) for file in files if file.exists()]
+
+
+class Recorded(NamedTuple):
+    """One call, as the device saw it.
+
+    Attributes:
+        layer: the layer's number.
+        tokens: of this rank.
+        choices: of each token.
+        dtype: of the tokens.
+        block: when the model's router began: nanoseconds since recording began; nan: not known.
+        begin: when the layer began.
+        steps: nanoseconds in route, gather, group, ffn and combine.
+        seen: ``[E+1]``: slots of each expert, then all slots, over all ranks.
+    """
+
+    layer: int
+    tokens: int
+    choices: int
+    dtype: str
+    block: float
+    begin: float
+    steps: tuple[float, float, float, float, float]
+    seen: NDArray[np.int64]
 
 
 class CudaEngine:
@@ -123,6 +148,7 @@ class CudaEngine:
         out: Rows,
         *,
         layer: int,
+        replicated: bool = False,
     ) -> None:
         """Enqueue a layer on the current stream, within ``group.call()`` and after :meth:`checking`. Collective.
 
@@ -131,8 +157,10 @@ class CudaEngine:
             hidden: ``[T, D]``, contiguous, on the device, as all that follows.
             top_k_index: ``[T, K]`` int32 or int64; -1 = no expert.
             top_k_weights: ``[T, K]``.
-            out: ``[T, D]`` of hidden's dtype; written on the stream.
+            out: ``[T, D]`` of hidden's dtype; written on the stream. If the device finds something wrong with the
+                call, it becomes NaN on every rank, and a later call raises.
             layer: the layer's number, the same on all ranks.
+            replicated: all ranks hold the same tokens.
 
         Raises:
             ArgumentError: more tokens than :meth:`moeshard.Group.reserve` was told.
@@ -144,7 +172,7 @@ class CudaEngine:
             if group.size == 1:
                 room = tokens
             elif group.reserved is None:
-                room = self._agree(layer, experts, hidden, top_k_index)
+                room = self._agree(layer, experts, hidden, top_k_index, replicated)
             else:
                 room = group.reserved
             rows: Sequence[Rows] = (hidden, top_k_index, top_k_weights, out)
@@ -152,12 +180,26 @@ class CudaEngine:
                 rows = [tensor[:0] for tensor in rows]
             if room and self._engine is not None:
                 with self._leaving_if_it_fails():
-                    self._engine.forward(experts, *rows, capacity=room, layer=layer)
+                    self._engine.forward(experts, *rows, capacity=room, layer=layer, replicated=replicated)
         if tokens > room:
             raise _core.ArgumentError(
                 f"hidden_states: {tokens} tokens, but the ranks have reserved room for {room} each: "
                 "call group.reserve with more on all ranks, or with None"
             )
+
+    def start_recording(self) -> None:
+        """Let the device note when the steps of each call begin: for :func:`moeshard.profile`."""
+        if self._engine is not None:
+            self._engine.start_recording()
+
+    def stamp(self, tensor: Rows) -> None:
+        """The router of the next call begins to work, on the stream of this tensor."""
+        if self._engine is not None:
+            self._engine.stamp(tensor)
+
+    def stop_recording(self) -> list[Recorded]:
+        """Wait for the device, and tell what it noted."""
+        return [] if self._engine is None else [Recorded(*call) for call in self._engine.stop_recording()]
 
     def close(self) -> None:
         """Let go of the device; waits some seconds for ranks that are still in a collective. Legal twice."""
@@ -169,10 +211,10 @@ class CudaEngine:
             self._exchange.abort(reason)
         self.close()
 
-    def _agree(self, layer: int, experts: _cuda.PackedExperts, hidden: Rows, index: Rows) -> int:
+    def _agree(self, layer: int, experts: _cuda.PackedExperts, hidden: Rows, index: Rows, replicated: bool) -> int:
         """The most tokens that a rank has in this call."""
-        dtype = DTYPES.index(str(hidden.dtype).removeprefix("torch."))
-        facts = (self._calls, layer, hidden.shape[0], experts.d_model, index.shape[1], experts.num_experts, dtype, 0)
+        kind = DTYPES.index(str(hidden.dtype).removeprefix("torch.")) | replicated << 32  # two int32
+        facts = (self._calls, layer, hidden.shape[0], experts.d_model, index.shape[1], experts.num_experts, kind, 0, 0)
         headers = self._group.gather_row(np.array(facts, np.int64))  # ms_header of csrc/moeshard.h
         _core.header_check(headers)
         return int(headers[:, 2].max())

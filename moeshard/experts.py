@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 STORAGES = (*DTYPES, "int8")
 KINDS = {1: "cpu", 3: "cpu", 11: "cpu", 2: "cuda", 13: "cuda"}  # DLPack device types; 3, 11: pinned, 13: managed
-ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu")
+ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu", "clamped_swiglu")
 
 
 PackedColumns: TypeAlias = "_core.PackedExperts | _cuda.PackedExperts"
@@ -48,8 +48,10 @@ class ExpertWeights:
         w_out: E tensors ``[D, F]``.
         b_in: E tensors ``[F]`` (gated: ``[2F]``), or ``None``.
         b_out: E tensors ``[D]``, or ``None``.
-        activation: ``"identity"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``.
+        activation: ``"identity"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"``, ``"silu"``; ``"clamped_swiglu"``:
+            gpt-oss's, gated only: ``g sigmoid(1.702 g) (u + 1)``, gate g at most 7, u in [-7, 7].
         gated: ``y = act(x W_gate^T) * (x W_up^T)`` instead of ``act(x W_in^T)``.
+        interleaved: the rows of ``w_in`` and ``b_in`` alternate, gate 0, up 0, gate 1, ... (gpt-oss).
     """
 
     w_in: Stack
@@ -58,6 +60,7 @@ class ExpertWeights:
     b_out: Stack | None = None
     activation: Activation = "relu"
     gated: bool = False
+    interleaved: bool = False
 
     def sizes(self) -> Sizes:
         """Check every shape and dtype.
@@ -117,8 +120,15 @@ class ExpertWeights:
 
         Returns:
             Experts that must not be called before each has been packed.
+
+        Raises:
+            DTypeError: int8 on CUDA.
         """
-        return _engine_of(sizes.device)(
+        if dtype == "int8" and sizes.device_type == "cuda":
+            raise _core.DTypeError(
+                "dtype: int8 weights are for CPUs so far; expected float32, bfloat16 or float16 on CUDA"
+            )
+        return engine_of(sizes.device)(
             columns=columns,
             d_model=sizes.d_model,
             d_ff=sizes.d_ff,
@@ -127,6 +137,7 @@ class ExpertWeights:
             gated=self.gated,
             b_in=self.b_in is not None,
             b_out=self.b_out is not None,
+            interleaved=self.interleaved,
         )
 
     def of(self, expert: int) -> Tensors:
@@ -169,7 +180,7 @@ class Sizes:
         return self.device.partition(":")[0]
 
 
-def _engine_of(device: str) -> Callable[..., PackedColumns]:
+def engine_of(device: str) -> Callable[..., PackedColumns]:
     """What packs columns for a device."""
     kind, _, number = device.partition(":")
     if kind == "cpu":

@@ -50,6 +50,13 @@ class PackedExperts:
         self.dtype: Storage = packed.dtype
         self.nbytes = packed.nbytes
 
+    @classmethod
+    def of(cls, weights: ExpertWeights, dtype: object = None) -> PackedExperts:
+        """Pack any weights for one rank; arguments and errors as :func:`moeshard.pack`."""
+        sizes = weights.sizes()
+        columns = Plan.shard(1, sizes.num_experts, sizes.d_ff).columns[0]
+        return cls(weights.pack(columns, sizes, sizes.dtype if dtype is None else storage_name(dtype)))
+
     def __call__(
         self,
         hidden: Tensor,
@@ -117,7 +124,8 @@ def pack(
         w_in: ``[E, F, D]`` (gated: ``[E, 2F, D]``, gate rows first) float32, bfloat16 or float16, in CPU memory or on a
             CUDA device: one tensor or a sequence of E tensors, as ``nn.Linear`` and HuggingFace keep them.
         w_out: ``[E, D, F]``.
-        activation: ``"identity"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``.
+        activation: ``"identity"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"``, ``"silu"``; ``"clamped_swiglu"``:
+            gpt-oss's, gated only: ``g sigmoid(1.702 g) (u + 1)``, gate g at most 7, u in [-7, 7].
         gated: ``y = act(x W_gate^T) * (x W_up^T)``.
         b_in: ``[E, F]`` (gated: ``[E, 2F]``) or ``None``.
         b_out: ``[E, D]`` or ``None``.
@@ -138,10 +146,7 @@ def pack(
         >>> pack(np.ones((2, 3, 4), np.float32), np.ones((2, 4, 3), np.float32)).num_experts
         2
     """
-    weights = ExpertWeights(w_in, w_out, b_in, b_out, activation, gated)
-    sizes = weights.sizes()
-    columns = Plan.shard(1, sizes.num_experts, sizes.d_ff).columns[0]
-    return PackedExperts(weights.pack(columns, sizes, sizes.dtype if dtype is None else storage_name(dtype)))
+    return PackedExperts.of(ExpertWeights(w_in, w_out, b_in, b_out, activation, gated), dtype)
 
 
 def fused_experts(
@@ -165,7 +170,8 @@ def fused_experts(
         top_k_weights: ``[..., K]`` float32, bfloat16 or float16, finite.
         w_in: ``[E, F, D]`` (gated: ``[E, 2F, D]``, gate rows first).
         w_out: ``[E, D, F]``.
-        activation: ``"identity"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``.
+        activation: ``"identity"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"``, ``"silu"``; ``"clamped_swiglu"``:
+            gpt-oss's, gated only: ``g sigmoid(1.702 g) (u + 1)``, gate g at most 7, u in [-7, 7].
         gated: ``y = act(x W_gate^T) * (x W_up^T)``.
         b_in: ``[E, F]`` (gated: ``[E, 2F]``) or ``None``.
         b_out: ``[E, D]`` or ``None``.

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import copy
-import warnings
+import pickle
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from . import _core
+from . import _core, torch_op
 from .experts import ExpertWeights, PackedColumns, Stack, storage_name
 from .functional import without_grad
 from .group import Group, init
@@ -28,7 +30,10 @@ class ShardedExperts(nn.Module):
     """The experts of one MoE layer, cut over the ranks of a group. The router stays the model's own.
 
     :func:`moeshard.shard` puts one in the place of every MoE layer of a model; :meth:`from_weights` makes one from
-    tensors. Inference only. The packed weights are no parameters: ``state_dict`` does not hold them.
+    tensors. Inference only. The packed weights are no parameters: ``state_dict()`` raises, :func:`moeshard.state_dict`
+    gathers them. ``copy.deepcopy`` gives a layer that computes with the same packed weights (they never change), with
+    hooks and (on CPUs) counts of its own. ``to(dtype)`` stores the weights anew, if they had the model's dtype; the
+    device stays.
 
     The device of the packed weights decides which engine runs: on ``cuda`` a layer is enqueued on the current stream.
 
@@ -40,14 +45,21 @@ class ShardedExperts(nn.Module):
         replicated: all ranks hold the same tokens, instead of each its own.
 
     Raises:
-        ArgumentError: ``replicated`` on CUDA, which has only the tokens of each rank.
+        ShapeError: the plan has another number of ranks than the group.
+        ArgumentError: packed columns that are not those of the plan; on CUDA, a plan with copies.
         CommError: on CUDA, for the group's first layer: the ranks could not meet through NCCL.
 
     Attributes:
+        layout: the plan made ready for this rank: which slots it computes.
         device: where the experts are and tokens are expected.
-        slots: (token, choice) pairs seen so far, over all ranks. Not counted on CUDA, nor are
+        slots: (token, choice) pairs seen so far, over all ranks. On CUDA they are counted on the device: reading this
+            or ``counts`` waits for it.
         counts: ``[E]`` int64: how many of them each expert got. The others were dropped (index -1).
-        on_step: called with the name of each step when it begins, then with ``"done"``: :func:`moeshard.profile`.
+        on_step: called with the name of each step when it begins, then with ``"done"``: :func:`moeshard.profile`. Not
+            on CUDA, where the engine records.
+        number: the layer's in this process, for ``torch.ops.moeshard.experts``.
+        emptied: parameters of the model that held the weights; ``to(dtype)`` goes for them too.
+        interleaved: how gate and up rows lie in what is packed, see :class:`moeshard.ExpertWeights`.
     """
 
     def __init__(
@@ -57,16 +69,20 @@ class ShardedExperts(nn.Module):
         super().__init__()
         self.packed = packed
         self.plan = plan
+        self.layout = _layout_of(packed, plan, group)
         self.group = group
         self.layer = layer
         self.replicated = replicated
-        self.slots = 0
-        self.counts = np.zeros(packed.num_experts, np.int64)
+        self._slots = 0
+        self._counts = np.zeros(packed.num_experts, np.int64)
         self.on_step: Callable[[str], object] = unobserved
+        self.number = torch_op.register(self)
+        self.emptied: list[nn.Parameter] = []
+        self.interleaved = False
+        self._users: weakref.WeakSet[ShardedExperts] = weakref.WeakSet([self])  # of the packed weights
         self.device = torch.device("cpu")
         if not isinstance(packed, _core.PackedExperts):
-            if replicated and group.size > 1:
-                raise _core.ArgumentError("tokens: 'replicated' is not there yet on CUDA, expected 'local'")
+            check_copies(plan, "cuda")
             self.device = torch.device("cuda", group.engine(packed.device).device)
 
     @classmethod
@@ -92,10 +108,12 @@ class ShardedExperts(nn.Module):
             w_out: ``[E, D, F]``.
             b_in: ``[E, F]`` (gated: ``[E, 2F]``) or ``None``.
             b_out: ``[E, D]`` or ``None``.
-            activation: ``"identity"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``.
+            activation: ``"identity"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"``, ``"silu"``; ``"clamped_swiglu"``:
+                gpt-oss's, gated only: ``g sigmoid(1.702 g) (u + 1)``, gate g at most 7, u in [-7, 7].
             gated: ``y = act(x W_gate^T) * (x W_up^T)``.
             dtype: storage of the packed weights, as in :func:`moeshard.shard`. ``None``: as ``w_in``.
-            plan: the layout; ``"auto"`` is ``"shard"``.
+            plan: the layout; ``"auto"`` is ``"shard"``. Any :class:`moeshard.Plan` of these sizes runs, also one with
+                copies of experts (not on CUDA); see ``docs/layouts.md``.
             group: the ranks. ``None``: :func:`moeshard.init`.
             tokens: ``"local"``: each rank calls the layer with its own tokens; ``"replicated"``: all with the same.
 
@@ -119,6 +137,7 @@ class ShardedExperts(nn.Module):
             weights = ExpertWeights(w_in, w_out, b_in, b_out, activation, gated)
             sizes = weights.sizes()
             table = plan_for(plan, group.size, sizes.num_experts, sizes.d_ff)
+            check_copies(table, sizes.device_type)
             storage = sizes.dtype if dtype is None else storage_name(dtype)
         group.agree(
             {
@@ -153,12 +172,29 @@ class ShardedExperts(nn.Module):
 
         Source: arXiv 2503.08467, algorithm 1.
         """
+        if torch.compiler.is_compiling():
+            out: torch.Tensor = torch_op.experts(hidden_states, top_k_index, top_k_weights, self.number)
+            return out
+        return self.run(hidden_states, top_k_index, top_k_weights)
+
+    def run(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        """:meth:`forward`, at once."""
         inputs, packed = (hidden_states, top_k_index, top_k_weights), self.packed
         if isinstance(packed, _core.PackedExperts):
             out = self._on_cpu(packed, *inputs)
         else:
             out = self._on_cuda(packed, *inputs)
         return out.view(hidden_states.shape)
+
+    @property
+    def slots(self) -> int:
+        """(token, choice) pairs seen so far, over all ranks."""
+        return self._slots if isinstance(self.packed, _core.PackedExperts) else int(self.packed.seen()[-1])
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """``[E]``: how many of them each expert got."""
+        return self._counts if isinstance(self.packed, _core.PackedExperts) else self.packed.seen()[:-1]
 
     def _on_cuda(self, packed: _cuda.PackedExperts, *inputs: torch.Tensor) -> torch.Tensor:
         """The five steps, enqueued at once."""
@@ -167,7 +203,7 @@ class ShardedExperts(nn.Module):
             with engine.checking():
                 hidden, index, weights = self._rows(*inputs)
                 out = torch.empty_like(hidden)
-            engine.forward(packed, hidden, index, weights, out, layer=self.layer)
+            engine.forward(packed, hidden, index, weights, out, layer=self.layer, replicated=self.replicated)
         return out
 
     def _on_cpu(self, packed: _core.PackedExperts, *inputs: torch.Tensor) -> torch.Tensor:
@@ -180,14 +216,17 @@ class ShardedExperts(nn.Module):
                 hidden, index, weights = self._rows(*inputs)
                 out = torch.empty_like(hidden)
                 use_threads()
-                batch.route(hidden, index, weights, experts, out, layer=self.layer, replicated=self.replicated)
+                batch.route(
+                    hidden, index, weights, experts, out,
+                    layer=self.layer, replicated=self.replicated, layout=self.layout,
+                )  # fmt: skip
             step("gather")
             group.gather(batch)
             with group.refusing():
                 step("group")
                 batch.group()
-                self.slots += int(batch.tokens_per_rank.sum()) * index.shape[1]
-                self.counts += batch.counts()
+                self._slots += int(batch.tokens_per_rank.sum()) * index.shape[1]
+                self._counts += batch.counts()
                 step("ffn")
                 batch.ffn(packed)
             step("combine")
@@ -225,8 +264,10 @@ class ShardedExperts(nn.Module):
 
     def reset_counts(self) -> None:
         """Forget the tokens seen so far."""
-        self.slots = 0
-        self.counts[:] = 0
+        self._slots = 0
+        self._counts[:] = 0
+        if not isinstance(self.packed, _core.PackedExperts):
+            self.packed.seen(forget=True)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
@@ -237,17 +278,58 @@ class ShardedExperts(nn.Module):
             f"{packed.nbytes / 2**20:.1f} MiB"
         )
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether other layers compute with the same packed weights: copies of this one."""
+        return len(self._users) > 1
+
     def _save_to_state_dict(self, destination: object, prefix: str, keep_vars: bool) -> None:
-        warnings.warn(
-            f"the state_dict of a sharded model has no weights for {prefix or 'the experts'}: "
-            "call moeshard.unshard(model) first",
-            UserWarning,
-            stacklevel=2,
-        )
+        if not keep_vars:  # else the caller, torch.export for example, wants the live parameters, and has them all
+            raise _core.ArgumentError(
+                f"state_dict: the weights of {prefix.removesuffix('.') or 'the experts'} are spread over the ranks. "
+                "moeshard.state_dict(model) gathers them, moeshard.save_pretrained(model, path) writes a checkpoint; "
+                "both are collective"
+            )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ShardedExperts:
+        """What ``model.to(...)`` does to each module: ``fn`` shows what it is by what it does to an empty tensor."""
+        dtype = self.emptied[0].dtype if self.emptied else getattr(torch, self.packed.dtype, torch.float32)
+        moved = fn(torch.empty(0, dtype=dtype, device=self.device))
+        if moved.device != self.device:
+            raise _core.ArgumentError(
+                f"to: sharded experts stay on {self.device}, they cannot go to {moved.device}: call "
+                "moeshard.unshard(model) first, then move the model, then shard (modules before this one have moved)"
+            )
+        if moved.dtype != dtype:
+            storage = storage_name(moved.dtype)
+            if self.packed.dtype == storage_name(dtype):  # else it was chosen by itself
+                from .streaming import repack
+
+                free = not self.is_shared
+                self.packed = repack(self.packed, storage, str(self.device), interleaved=self.interleaved, free=free)
+                self._users.discard(self)
+                self._users = weakref.WeakSet([self])
+            for parameter in self.emptied:
+                parameter.data = parameter.data.to(moved.dtype)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> ShardedExperts:
+        """Copy everything but the packed weights, which both compute with."""
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        shared = ("packed", "plan", "layout", "group", "on_step", "_users")
+        for name, value in self.__dict__.items():
+            clone.__dict__[name] = value if name in shared else copy.deepcopy(value, memo)
+        clone.number = torch_op.register(clone)
+        self._users.add(clone)
+        return clone
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        """Refuse to be copied or pickled."""
-        raise copy.Error("a sharded layer cannot be copied or pickled: call moeshard.unshard(model) first")
+        """Refuse to be pickled."""
+        raise pickle.PicklingError(
+            "a sharded layer cannot be pickled, nor a model that has one: its weights are spread over the ranks. "
+            "moeshard.save_pretrained(model, path) writes a checkpoint, moeshard.from_pretrained(cls, path) reads it"
+        )
 
 
 def unobserved(step: str) -> None:
@@ -268,6 +350,22 @@ def sharded_layers(model: nn.Module) -> list[tuple[str, ShardedExperts]]:
     if not layers:
         raise _core.ArgumentError("model: it is not sharded, call moeshard.shard(model) first")
     return layers
+
+
+def check_copies(plan: Plan, device: str) -> None:
+    """Raise ArgumentError for a plan with replicated or pruned experts on CUDA, whose kernels know no copies."""
+    if device != "cpu" and (plan.copies != 1).any():
+        raise _core.ArgumentError(
+            f"plan: on CUDA each column must be held once, got copies of {sorted(set(plan.copies.tolist()))}"
+        )
+
+
+def _layout_of(packed: PackedColumns, plan: Plan, group: Group) -> _core.Layout:
+    if plan.ranks != group.size:
+        raise _core.ShapeError(f"plan: expected {group.size} ranks as the group, got {plan.ranks}")
+    if not np.array_equal(packed.columns, plan.columns[group.rank]):
+        raise _core.ArgumentError(f"packed: they are not the columns that the plan gives rank {group.rank}")
+    return _core.Layout(plan.columns, plan.d_ff, plan.copies, group.rank)
 
 
 def is_replicated(tokens: str) -> bool:

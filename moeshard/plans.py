@@ -260,10 +260,6 @@ def plan_for(plan: PlanChoice, ranks: int, num_experts: int, d_ff: int, layer: s
                 f"plan: expected (ranks, experts, d_ff) = {(ranks, num_experts, d_ff)} of the group and the layer, "
                 f"got {found}"
             )
-        if (plan.copies != 1).any():
-            raise _core.ArgumentError(
-                f"plan: only plans that hold each column once can be run, got copies of {plan.copies.tolist()}"
-            )
         return plan
     if plan in ("auto", "shard"):
         return Plan.shard(ranks, num_experts, d_ff)

@@ -2,7 +2,8 @@
 """profile: where the time of a sharded model's MoE layers goes, by step and by rank, against what the machine can do.
 
 A layer tells the names of its steps as they begin (``ShardedExperts.on_step``); a recorder a layer notes the time and,
-when the call is done, what the batch knows about its size. Ranks exchange their records once, at the end.
+when the call is done, what the batch knows about its size. On CUDA the engine puts events between the steps, which are
+read at the end. Ranks exchange their records once, at the end.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter_ns  # CLOCK_MONOTONIC: one clock for all processes of a host
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -25,8 +26,11 @@ from .tables import Tabular
 from .threads import use_threads
 
 if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
     from torch import nn
 
+    from .cuda import CudaEngine, Rows
     from .layer import ShardedExperts
 
 STEPS = ("route", "gather", "group", "ffn", "combine")
@@ -38,8 +42,8 @@ class Limits(NamedTuple):
 
     Attributes:
         flops: fp32 multiply-adds, flops per second.
-        dot_flops: bfloat16 dot products, flops per second; 0 where the CPU has none.
-        bandwidth: bytes per second read from memory.
+        dot_flops: bfloat16 dot products, flops per second; 0 where the CPU has none. CUDA: bfloat16 matrix products.
+        bandwidth: bytes per second read from memory; CUDA: read and written.
     """
 
     flops: float
@@ -56,10 +60,11 @@ class Call(NamedTuple):
             ``None``: the layer was called without a block.
         stamps: when each of the five steps began and the last one ended: ns of CLOCK_MONOTONIC.
         tokens: of this rank.
-        flops: of ffn: 2 * D * (3 if gated else 2) * this rank's columns of the expert, summed over the slots.
-        gather_bytes: tokens and choices of the other ranks, which this rank reads.
-        ffn_bytes: this rank's weights of the experts that got tokens, each once.
-        combine_bytes: partial outputs of the other ranks, which this rank reads.
+        flops: of ffn: 2 * D * (3 if gated else 2) * this rank's columns of the expert, summed over the slots that it
+            computes.
+        gather_bytes: tokens of the other ranks that this rank computes something of, and the choices of all of them.
+        ffn_bytes: this rank's weights of the experts that it computed something of, each once.
+        combine_bytes: partial outputs of the other ranks for tokens of this one, which it reads.
         bfloat16: tokens and weights both are: dot products can do the work where the CPU has them.
     """
 
@@ -303,10 +308,14 @@ def profile(model: nn.Module, *, limits: bool = True) -> Iterator[Profile]:
     others, so a rank that is late shows as time of the ranks that are not. Ranks that share memory read each other's
     tokens in ``ffn``, where they lie.
 
+    On CUDA times are those of the device, read when the body has ended: the host does not wait for it meanwhile. A slow
+    host shows as time between calls, or in steps that waited for their launch. Replays of a captured graph do not show.
+
     Args:
         model: a sharded model, or a :class:`moeshard.ShardedExperts`.
         limits: first measure for 0.2 s what the machine can do, on all ranks at the same time: fractions of it are
-            shown then. A rank takes 256 MiB for that.
+            shown then. A rank takes 256 MiB for that. On CUDA: what torch reaches with large matrices and in a copy
+            (640 MiB of device memory).
 
     Yields:
         The profile: empty until the body has ended. ``print`` it, or use its ``plot``, ``trace`` and ``to_dict``.
@@ -333,22 +342,37 @@ def profile(model: nn.Module, *, limits: bool = True) -> Iterator[Profile]:
                 raise _core.ArgumentError(f"{name}: it is being profiled already, profiles cannot be nested")
     recorded = Profile([name for name, _ in layers])
     group.agree({"the profiled layers": ", ".join(recorded.layers), "limits": str(limits)})
+    device = next((layer.device for _, layer in layers if layer.device.type == "cuda"), None)
     with group.all_or_none():
         use_threads()
-        measured = Limits(*_core.measure_machine(0.2)) if limits else None
+        measured = (_measured(device) if device else Limits(*_core.measure_machine(0.2))) if limits else None
     entered = perf_counter_ns()
     calls: list[Call] = []
     with contextlib.ExitStack() as attached:
         blocks = _blocks(model)
+        on_device = _DeviceRecorder(group.engine(device.index), layers, calls) if device else None
         for number, (_, layer) in enumerate(layers):
             recorder = _Recorder(number, layer, calls)
             attached.callback(setattr, layer, "on_step", unobserved)
             layer.on_step = recorder
             if layer in blocks:
-                attached.callback(blocks[layer].register_forward_pre_hook(recorder.enter_block).remove)
-        yield recorded
+                enter = on_device.enter_block if on_device else recorder.enter_block
+                attached.callback(blocks[layer].register_forward_pre_hook(enter, with_kwargs=True).remove)
+        try:
+            yield recorded
+        finally:
+            if on_device:
+                on_device.finish()
     own = RankProfile(_clock(), entered, measured, tuple(calls))
     recorded.by_rank = tuple(_decode(message) for message in group.all_gather(json.dumps(own).encode()))
+
+
+class _Read(NamedTuple):
+    """What a rank reads of the others in a call: rows of tokens, choices, rows of partial outputs."""
+
+    tokens: int
+    routing: int
+    partials: int
 
 
 class _Recorder:
@@ -357,6 +381,7 @@ class _Recorder:
     def __init__(self, number: int, layer: ShardedExperts, calls: list[Call]) -> None:
         self._number = number
         self._layer = layer
+        self.ranks = layer.group.size
         self._calls = calls
         self._block: int | None = None
         self._stamps: list[int] = []
@@ -378,20 +403,93 @@ class _Recorder:
             self._block = None
 
     def _finish(self) -> Call:
-        packed, batch, ranks = self._layer.packed, self._layer.group.batch, self._layer.group.size
-        tokens, d_model, choices = batch.shape
-        counts = batch.counts()
+        batch = self._layer.group.batch
+        tokens, _, choices = batch.shape
+        tokens_read, partials_read = batch.rows_read
         others = int(batch.tokens_per_rank.sum()) - tokens  # 0 if the tokens are replicated
+        read = _Read(tokens_read, others * choices, partials_read)
+        return self.call(self._block, self._stamps, tokens, read, batch.dtype, batch.counts(True))
+
+    def call(
+        self,
+        block: int | None,
+        stamps: Sequence[int],
+        tokens: int,
+        read: _Read,
+        dtype: str,
+        counts: NDArray[np.int64],
+    ) -> Call:
+        """A call of the layer, of which this rank computed ``counts[e]`` slots of expert e."""
+        packed = self._layer.packed
         return Call(
             layer=self._number,
-            block=self._block,
-            stamps=self._stamps,
+            block=block,
+            stamps=stamps,
             tokens=tokens,
             flops=2 * self._parameters * int(counts @ self._widths),
-            gather_bytes=others * (ELEMENT_BYTES[batch.dtype] * d_model + 8 * choices),  # a choice: int32, float32
+            gather_bytes=read.tokens * ELEMENT_BYTES[dtype] * packed.d_model + read.routing * 8,  # int32, float32
             ffn_bytes=ELEMENT_BYTES[packed.dtype] * self._parameters * int(self._widths[counts > 0].sum()),
-            combine_bytes=(ranks - 1) * tokens * 4 * d_model,  # float32
-            bfloat16=packed.dtype == batch.dtype == "bfloat16",
+            combine_bytes=read.partials * 4 * packed.d_model,  # float32
+            bfloat16=packed.dtype == dtype == "bfloat16",
+        )
+
+
+class _DeviceRecorder:
+    """The calls of CUDA layers: their engine records on the device, this reads it when the profile ends."""
+
+    def __init__(self, engine: CudaEngine, layers: Sequence[tuple[str, ShardedExperts]], calls: list[Call]) -> None:
+        self._engine = engine
+        self._recorders = {layer.layer: _Recorder(number, layer, calls) for number, (_, layer) in enumerate(layers)}
+        self._calls = calls
+        engine.start_recording()
+        self._origin = perf_counter_ns()
+
+    def enter_block(self, block: nn.Module, arguments: tuple[object, ...], keywords: dict[str, object]) -> None:
+        """The block's forward pre-hook."""
+        for argument in (*arguments, *keywords.values()):
+            if getattr(argument, "is_cuda", False):
+                return self._engine.stamp(cast("Rows", argument))
+
+    def finish(self) -> None:
+        """Read what was recorded; layers of the group that are not profiled do not count."""
+        for call in self._engine.stop_recording():
+            if call.layer not in self._recorders:
+                continue
+            block = None if np.isnan(call.block) else self._origin + round(call.block)
+            begin = self._origin + round(call.begin)
+            stamps = [begin, *(begin + round(passed) for passed in np.cumsum(call.steps))]
+            recorder = self._recorders[call.layer]
+            others = int(call.seen[-1]) // max(call.choices, 1) - call.tokens
+            # Every rank gathers all tokens, whatever the table, and every rank's partial outputs are summed.
+            read = _Read(others, others * call.choices, (recorder.ranks - 1) * call.tokens)
+            self._calls.append(recorder.call(block, stamps, call.tokens, read, call.dtype, call.seen[:-1]))
+
+
+def _measured(device: torch.device) -> Limits:
+    """What torch reaches on a CUDA device: products of 4096 x 4096 matrices, and a copy of 256 MiB."""
+    import torch
+
+    def best(work: Callable[[], object]) -> float:
+        times = []
+        for _ in range(12):  # the first ones warm up
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record()
+            work()
+            end.record()
+            end.synchronize()
+            times.append(float(begin.elapsed_time(end)) / 1e3)
+        return min(times)
+
+    size = 4096
+    with torch.cuda.device(device):
+        x = torch.randn(size, size, device=device)
+        y, out = x.bfloat16(), torch.empty(size, size, device=device, dtype=torch.bfloat16)
+        words = torch.zeros(1 << 26, device=device)
+        copy = torch.empty_like(words)
+        return Limits(
+            flops=2 * size**3 / best(lambda: x @ x),
+            dot_flops=2 * size**3 / best(lambda: torch.matmul(y, y, out=out)),
+            bandwidth=2 * words.nbytes / best(lambda: copy.copy_(words)),
         )
 
 

@@ -9,21 +9,21 @@ expert is packed: on the way in, one layer is held twice then.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 
 from . import _core
-from .experts import ExpertWeights, PackedColumns, Sizes, Tensors
+from .experts import ExpertWeights, PackedColumns, Sizes, Tensors, engine_of
 from .layer import ShardedExperts
+from .memory import RETURNED_AT_ONCE, return_freed_memory
 
-# glibc returns a block above a size to the system when it is freed. It raises that size, to 32 MiB at most, with each
-# such block; the rest stays with the process until malloc_trim (about 2 ms for 32 MiB).
-_RETURNED_AT_ONCE = 32 << 20
+if TYPE_CHECKING:
+    from ._core import Storage
 
 
 @dataclass
@@ -61,7 +61,7 @@ def pack_and_free(loads: list[Load], shown: bool) -> None:
         shown: show a progress bar.
     """
     freed = 0
-    with _progress(sum(len(load.experts) for load in loads), shown) as step:
+    with progress(sum(len(load.experts) for load in loads), shown, "packing experts") as step:
         while loads:
             load = loads.pop(0)
             empty(load.parameters)
@@ -69,11 +69,11 @@ def pack_and_free(loads: list[Load], shown: bool) -> None:
                 load.packed.pack(expert, *load.experts[expert])
                 freed += sum(tensor.nbytes for tensor in load.experts[expert] if tensor is not None)
                 load.experts[expert] = (None, None, None, None)
-                if freed >= _RETURNED_AT_ONCE:
-                    _return_freed_memory()
+                if freed >= RETURNED_AT_ONCE:
+                    return_freed_memory()
                     freed = 0
                 step()
-    _return_freed_memory()
+    return_freed_memory()
 
 
 def empty(parameters: Sequence[nn.Parameter]) -> None:
@@ -88,8 +88,51 @@ def allocate(parameters: Sequence[nn.Parameter], shapes: Sequence[torch.Size]) -
         parameter.data = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
 
 
+def repack(packed: PackedColumns, dtype: Storage, device: str, *, interleaved: bool, free: bool) -> PackedColumns:
+    """A rank's columns in another storage, expert by expert. Not collective.
+
+    Args:
+        packed: the columns; with ``free``, each expert is given up once it is in the new storage.
+        dtype: the new storage.
+        device: where they are.
+        interleaved: how the rows lie in what will be packed later, when ``unshard`` fails half-way.
+        free: nobody else uses ``packed``.
+    """
+    fresh = engine_of(device)(
+        columns=packed.columns,
+        d_model=packed.d_model,
+        d_ff=packed.d_ff,
+        dtype=dtype,
+        activation=packed.activation,
+        gated=packed.gated,
+        b_in=packed.has_b_in,
+        b_out=packed.has_b_out,
+        interleaved=interleaved,
+    )
+    rounded: torch.dtype = torch.float32 if dtype == "int8" else getattr(torch, dtype)
+    for expert, (start, stop) in enumerate(packed.columns.tolist()):
+        w_in, w_out, b_in, b_out = (part.to(rounded) for part in _unpack(packed, expert, slice(start, stop)))
+        if interleaved:
+            w_in, b_in = (part.view(2, stop - start, -1).transpose(0, 1).flatten(0, 1) for part in (w_in, b_in))
+        if stop > start:
+            fresh.pack(
+                expert,
+                w_in,
+                w_out.T,
+                b_in.view(-1) if packed.has_b_in else None,
+                b_out.view(-1) if packed.has_b_out else None,
+                first=start,
+            )
+        if free and isinstance(packed, _core.PackedExperts):
+            packed.release(expert)
+    return_freed_memory()
+    return fresh
+
+
 def unpack_and_free(experts: ShardedExperts, weights: ExpertWeights, load: Load) -> None:
     """Fill a layer's weights with every rank's columns, each expert's packed memory freed before the next. Collective.
+
+    The memory of a layer that has copies (``copy.deepcopy``) is kept: they compute with it.
 
     Args:
         experts: the packed columns.
@@ -100,24 +143,24 @@ def unpack_and_free(experts: ShardedExperts, weights: ExpertWeights, load: Load)
         CommError: a rank failed (PeerError) or is lost.
     """
     for expert in range(experts.packed.num_experts):
-        _collect(experts, weights, expert)
+        collect(experts, weights, expert)
         load.experts.append(weights.of(expert))
-        if isinstance(experts.packed, _core.PackedExperts):  # on CUDA they go together
+        if isinstance(experts.packed, _core.PackedExperts) and not experts.is_shared:  # on CUDA they go together
             experts.packed.release(expert)
 
 
-def _collect(experts: ShardedExperts, weights: ExpertWeights, expert: int) -> None:
+def collect(experts: ShardedExperts, weights: ExpertWeights, expert: int) -> None:
     """Fill one expert's weights with every rank's columns. Collective."""
-    group, halves, d_ff = experts.group, 2 if experts.packed.gated else 1, experts.packed.d_ff
+    group, halves = experts.group, 2 if experts.packed.gated else 1
     columns = [slice(*span) for span in experts.plan.columns[:, expert].tolist()]
     with group.refusing():
         w_in, w_out, b_in, b_out = _unpack(experts.packed, expert, columns[group.rank])
         pieces = [  # this rank's rows, and where everyone's go: [halves, F, columns of a row]
-            (w_in, weights.w_in[expert].unflatten(0, (halves, d_ff))),
+            (w_in, _halves(weights.w_in[expert], halves, weights.interleaved)),
             (w_out, weights.w_out[expert].T.unsqueeze(0)),
         ]
         if weights.b_in is not None:
-            pieces.append((b_in, weights.b_in[expert].unflatten(0, (halves, d_ff)).unsqueeze(-1)))
+            pieces.append((b_in, _halves(weights.b_in[expert], halves, weights.interleaved).unsqueeze(-1)))
     for own, target in pieces:
         everyone = group.gather_rows(own)
         with group.refusing():
@@ -129,6 +172,13 @@ def _collect(experts: ShardedExperts, weights: ExpertWeights, expert: int) -> No
         with group.refusing():
             first = next(rank for rank, span in enumerate(columns) if span.start == 0 < span.stop)
             weights.b_out[expert].copy_(torch.from_numpy(everyone[first])[0])
+
+
+def _halves(rows: torch.Tensor, halves: int, interleaved: bool) -> torch.Tensor:
+    """Gate and up rows as ``[2, F, ..]``, rows of experts without a gate as ``[1, F, ..]``: a view."""
+    if interleaved:
+        return rows.view(-1, halves, *rows.shape[1:]).transpose(0, 1)
+    return rows.view(halves, -1, *rows.shape[1:])
 
 
 def _unpack(packed: PackedColumns, expert: int, own: slice) -> list[torch.Tensor]:
@@ -145,14 +195,14 @@ def _unpack(packed: PackedColumns, expert: int, own: slice) -> list[torch.Tensor
 
 
 @contextlib.contextmanager
-def _progress(experts: int, shown: bool) -> Iterator[Callable[[], None]]:
+def progress(experts: int, shown: bool, doing: str) -> Iterator[Callable[[], None]]:
     """A bar over all experts, and what moves it on. One that cannot be written is no reason to stop half-way."""
     bar = None
     if shown:
         with contextlib.suppress(Exception):
             from tqdm import tqdm  # type: ignore[import-untyped]
 
-            bar = tqdm(total=experts, desc="moeshard: packing experts", unit="expert")
+            bar = tqdm(total=experts, desc=f"moeshard: {doing}", unit="expert")
 
     def step() -> None:
         if bar is not None:
@@ -163,9 +213,3 @@ def _progress(experts: int, shown: bool) -> Iterator[Callable[[], None]]:
     if bar is not None:
         with contextlib.suppress(Exception):
             bar.close()
-
-
-def _return_freed_memory() -> None:
-    """Give freed weights back to the system."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)

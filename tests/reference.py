@@ -11,7 +11,9 @@ ACTIVATIONS = {
     "gelu": lambda x: x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "silu": lambda x: x / (1 + np.exp(-x)),
+    "clamped_swiglu": lambda x: np.minimum(x, 7) / (1 + np.exp(-1.702 * np.minimum(x, 7))),
 }
+KINDS = [(name, gated) for name in ACTIVATIONS for gated in (False, True) if gated or name != "clamped_swiglu"]
 
 
 def experts_reference(hidden, index, weights, w_in, w_out, *, b_in=None, b_out=None, activation="relu", gated=False):
@@ -26,7 +28,11 @@ def experts_reference(hidden, index, weights, w_in, w_out, *, b_in=None, b_out=N
         if b_in is not None:
             h += np.asarray(b_in[expert], np.float64)
         act = ACTIVATIONS[activation]
-        h = act(h[:, : h.shape[1] // 2]) * h[:, h.shape[1] // 2 :] if gated else act(h)
+        if gated:
+            gate, up = np.split(h, 2, axis=1)
+            h = act(gate) * (np.clip(up, -7, 7) + 1 if activation == "clamped_swiglu" else up)
+        else:
+            h = act(h)
         y = h @ np.asarray(w_out[expert], np.float64).T
         if b_out is not None:
             y += np.asarray(b_out[expert], np.float64)

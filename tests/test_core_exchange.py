@@ -696,7 +696,7 @@ def test_a_header_is_the_struct_of_the_core():
     batch = _core.Batch()
     batch.route(np.ones((3, 8), np.float16), np.zeros((3, 2), int), np.ones((3, 2), np.float32), 5, layer=-7)
     words = batch.header(11)
-    assert words.dtype == np.int64 and words.tolist() == [11, -7, 3, 8, 2, 5, 2, 0]
+    assert words.dtype == np.int64 and words.tolist() == [11, -7, 3, 8, 2, 5, 2, 0, 0]
     with pytest.raises(ArgumentError, match="call: got -1, expected at least 0"):
         batch.header(-1)
 
@@ -719,10 +719,10 @@ def test_the_routing_of_replicated_tokens_is_compared():
 @pytest.mark.parametrize(
     ("headers", "error", "message"),
     [
-        pytest.param(np.zeros((2, 7), int), ShapeError, r"headers: got \[2, 7\], expected \[R, 8\]", id="words"),
-        pytest.param(np.zeros((0, 8), int), ShapeError, r"headers: got \[0, 8\]", id="no-ranks"),
-        pytest.param(np.zeros((2, 8)), DTypeError, "headers: expected integers", id="floats"),
-        pytest.param(np.zeros((1025, 8), int), ArgumentError, "got 1025 ranks, expected 1 to 1024", id="1025-ranks"),
+        pytest.param(np.zeros((2, 8), int), ShapeError, r"headers: got \[2, 8\], expected \[R, 9\]", id="words"),
+        pytest.param(np.zeros((0, 9), int), ShapeError, r"headers: got \[0, 9\]", id="no-ranks"),
+        pytest.param(np.zeros((2, 9)), DTypeError, "headers: expected integers", id="floats"),
+        pytest.param(np.zeros((1025, 9), int), ArgumentError, "got 1025 ranks, expected 1 to 1024", id="1025-ranks"),
     ],
 )
 def test_bad_headers_are_refused(headers, error, message):

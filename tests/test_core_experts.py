@@ -158,7 +158,7 @@ def test_experts_without_columns_take_no_memory():
         pytest.param(
             {"activation": "swish"},
             ArgumentError,
-            "activation: got 'swish', expected one of identity, relu, gelu, gelu_tanh, silu",
+            "activation: got 'swish', expected one of identity, relu, gelu, gelu_tanh, silu, clamped_swiglu",
             id="activation",
         ),
         pytest.param({"activation": None}, TypeError, "str", id="no-activation"),

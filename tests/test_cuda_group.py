@@ -32,7 +32,7 @@ class Engine:
         self.calls = []
         self.fails = None
 
-    def forward(self, experts, hidden, index, weights, out, *, capacity, layer):
+    def forward(self, experts, hidden, index, weights, out, *, capacity, layer, replicated=False):
         if self.fails is not None and not isinstance(self.fails, _core.RangeError):
             raise self.fails
         assert len(hidden) == len(index) == len(weights) == len(out) <= capacity
@@ -181,18 +181,23 @@ def test_a_fault_of_an_earlier_call_leaves_the_ranks_in_step(workers):
 class OnCuda(torch.Tensor):
     """A tensor that says it is on a CUDA device."""
 
-    device = property(lambda self: torch.device("cuda", 0))
+    number = 0
+    device = property(lambda self: torch.device("cuda", self.number))
 
 
 class PackedExperts:
     """Experts that say they are on a CUDA device."""
 
-    num_experts, d_model, d_ff, dtype, device, activation, gated, nbytes = 8, 4, 2, "float32", 0, "relu", False, 0
+    num_experts, d_model, d_ff, dtype, activation, gated, nbytes = 8, 4, 2, "float32", "relu", False, 0
+
+    def __init__(self, device, columns):
+        self.device, self.columns = device, columns
 
 
 def layer_on(group, **options):
     engine_of(group)
-    return ShardedExperts(PackedExperts(), Plan.shard(group.size, 8, 2), group, layer=7, **options)
+    plan = Plan.shard(group.size, 8, 2)
+    return ShardedExperts(PackedExperts(group.rank, plan.columns[group.rank]), plan, group, layer=7, **options)
 
 
 def test_the_layer_enqueues_where_its_experts_are():
@@ -218,12 +223,18 @@ def test_a_tensor_on_the_cpu_is_refused_by_name(stranger):
 
 
 def replicated(group):
-    with pytest.raises(moeshard.ArgumentError, match="'replicated' is not there yet on CUDA"):
-        layer_on(group, replicated=True)
+    layer = layer_on(group, replicated=True)
+    rows = torch.randn(3, 4), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2)
+    OnCuda.number = group.rank  # of this worker process
+    layer(*(tensor.as_subclass(OnCuda) for tensor in rows))
+    with pytest.raises(moeshard.RankMismatch, match="replicated tokens T is 3 on rank 0 but 2 on rank 1"):
+        layer(*(tensor[: 3 - group.rank].as_subclass(OnCuda) for tensor in rows))
+    return group.engine(group.rank)._engine.calls
 
 
-def test_replicated_tokens_are_refused_on_several_devices(workers):
-    on_ranks(workers, 2, replicated)
+def test_replicated_tokens_are_as_many_on_every_device(workers):
+    for calls in on_ranks(workers, 2, replicated):
+        assert calls == [(3, 3, 7)]  # the second was found to be wrong before anything was enqueued
 
 
 def two_devices(group):

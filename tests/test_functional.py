@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from reference import ACTIVATIONS, experts_reference, layer_case, relative_error
+from reference import KINDS, experts_reference, layer_case, relative_error
 
 import moeshard
 
@@ -62,14 +62,31 @@ def test_any_library_gets_its_own_kind_of_tensor_back(library, choices):
     assert relative_error(np.from_dlpack(out), experts_reference(*arguments(case))) < 2e-6
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize(("activation", "gated"), KINDS)
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 def test_every_kind_of_expert_equals_the_formula(activation, gated, bias):
     case = layer_case(50, 33, 19, 4, 2, gated=gated, bias=bias)
     kind = {"activation": activation, "gated": gated, "b_in": case["b_in"], "b_out": case["b_out"]}
     out = moeshard.fused_experts(*arguments(case), **kind)
     assert relative_error(out, experts_reference(*arguments(case), **kind)) < 2e-6
+
+
+def test_clamped_swiglu_clamps():
+    case = layer_case(50, 33, 19, 4, 2, gated=True, bias=True)
+    case["w_in"] *= 8  # gates and ups beyond 7 and -7
+    kind = {"activation": "clamped_swiglu", "gated": True, "b_in": case["b_in"]}
+    right = experts_reference(*arguments(case), **kind)
+    assert relative_error(right, experts_reference(*arguments(case), **kind | {"activation": "silu"})) > 0.5
+    assert relative_error(moeshard.fused_experts(*arguments(case), **kind), right) < 2e-6
+
+
+def test_clamped_swiglu_keeps_nan_and_is_for_gated_experts():
+    case = layer_case(3, 8, 8, 1, 1, gated=True)
+    case["hidden"][1, 2] = np.nan
+    out = moeshard.fused_experts(*arguments(case), activation="clamped_swiglu", gated=True)
+    assert np.isnan(out[1]).all() and np.isfinite(out[[0, 2]]).all()
+    with pytest.raises(moeshard.ArgumentError, match="clamped_swiglu.*gated"):
+        moeshard.fused_experts(*arguments(layer_case(3, 8, 8, 1, 1)), activation="clamped_swiglu")
 
 
 def test_float32_error_at_the_real_size():

@@ -134,9 +134,6 @@ def test_a_plan_for_other_sizes_names_both():
         plan_for(Plan.shard(2, 4, 8), 2, 4, 16)
     with pytest.raises(moeshard.ArgumentError, match="expert_parallel.*'tensor'"):
         plan_for("tensor", 2, 4, 16)
-    replicated = Plan.from_columns([[[0, 8]], [[0, 8]]], 8, [2])
-    with pytest.raises(moeshard.ArgumentError, match="copies"):
-        plan_for(replicated, 2, 1, 8)
 
 
 def test_planning_needs_no_torch():

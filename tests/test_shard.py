@@ -13,6 +13,7 @@ from workers import on_ranks
 import moeshard
 from moeshard import ExpertWeights, Plan, api, streaming
 from moeshard.adapters.switch import SwitchAdapter
+from moeshard.memory import return_freed_memory
 
 
 def snapshot(model):
@@ -417,7 +418,7 @@ def peaks(kind, second_copy=False):
         moeshard.register_adapter(GatedBlock, GatedAdapter())
         model = torch.nn.Sequential(*(GatedBlock(8, 512, 1024) for _ in range(4))).eval()
     kept = [parameter.detach() for parameter in model.parameters()] if second_copy else []
-    streaming._return_freed_memory()  # of making the model: what is in no use now is no room for what comes
+    return_freed_memory()  # of making the model: what is in no use now is no room for what comes
     start = resident()
     sharding = peak(lambda: moeshard.shard(model, group=group, progress=False))
     del kept

@@ -129,6 +129,7 @@ def test_every_source_file_names_its_licence() -> None:
         "moeshard.planner.command",
         "moeshard.plans",
         "moeshard.profiles",
+        "moeshard.speeds",
         "moeshard.text",
     ],
 )

@@ -14,7 +14,7 @@ dir=$1
 mkdir -p "$dir/objects" "$dir/lib"
 dir=$(cd "$dir" && pwd)
 sm90="-gencode arch=compute_90a,code=sm_90a -gencode arch=compute_90a,code=compute_90a"
-cuda="-std=c++17 -O3 -cudart shared -lineinfo -DMS_CUDA_SM90 $sm90
+cuda="-std=c++17 -O3 -cudart shared -lineinfo --compress-mode=size -DMS_CUDA_SM90 $sm90
       -Xcompiler -Wall,-Wextra,-fPIC,-fno-exceptions,-fno-rtti,-fno-threadsafe-statics"
 jobs=$(nproc)
 failed=()
@@ -31,7 +31,7 @@ compile() {
 export -f compile
 export dir cuda
 rm -f "$dir"/objects/*
-ls cuda/*.cu cuda/*.c cuda/exchange/*.c csrc/base/*.c csrc/plan/*.c csrc/exchange/*.c csrc/reference.c csrc/step2_gather.c 2>/dev/null |
+ls cuda/*.cu cuda/*.c cuda/exchange/*.c csrc/base/*.c csrc/plan/*.c csrc/exchange/*.c csrc/reference.c csrc/layout.c csrc/step2_gather.c 2>/dev/null |
   xargs -P "$jobs" -I{} bash -c 'compile {}' 2>&1 | tee "$dir/objects/log"
 rm -f "$dir/libmoeshard.a"
 ar rcs "$dir/libmoeshard.a" "$dir"/objects/*.o
@@ -40,7 +40,10 @@ link() { # name, source, flags
   nvcc $cuda $3 -o "$dir/$1" "$2" "$dir/libmoeshard.a" -ldl -lrt -lpthread || failed+=("$1")
 }
 nvcc $cuda -o "$dir/fragments" benchmarks/gpu_day_one/fragments.cu || failed+=(fragments)
-for source in tests/cuda/test_*.cu; do link "$(basename "$source" .cu)" "$source" ""; done
+for source in tests/cuda/test_*.cu; do
+  case $source in *counts.cu) more=tests/cuda/counted_calls.c ;; *) more= ;; esac
+  link "$(basename "$source" .cu)" "$source" "$more"
+done
 for n in 1 2 3 4; do
   nvcc $cuda "-DMS_PLANT_$n" -o "$dir/plant_$n" tests/cuda/test_ffn_sm90.cu cuda/step4_ffn_sm90.cu \
     "$dir/objects/csrc_base_error.c.o" || failed+=("plant_$n")

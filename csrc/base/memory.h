@@ -27,9 +27,10 @@ void ms_pages_release(void *data, int64_t bytes);
 struct ms_batch_memory {
   ms_buffer expert, weight;                     // route
   ms_buffer first, row, all_expert, all_weight; // gather
-  ms_buffer partial;       // gather, when the exchange has no memory of its own
-  ms_buffer offset, order; // group
+  ms_buffer partial;                           // gather, when the exchange has no memory of its own
+  ms_buffer copy, turns, count, offset, order; // group
   ms_buffer slot, tasks, input, hidden, scratch; // ffn
+  ms_buffer places;                              // combine
 };
 
 #endif

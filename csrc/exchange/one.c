@@ -18,7 +18,7 @@ static ms_status one_gather(ms_exchange *x, ms_batch *batch, ms_error *err) {
 
 static ms_status one_combine(ms_exchange *x, ms_batch *batch, ms_threads *threads, ms_error *err) {
   const float *part = batch->partial;
-  return ms_combine_ranks(batch, &part, x->R, threads, err);
+  return ms_combine_ranks(batch, &part, x->R, false, threads, err);
 }
 
 static ms_status one_refuse(ms_exchange *x, const char *msg, ms_error *err) {

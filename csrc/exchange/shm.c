@@ -1,7 +1,7 @@
 // shm.c - gather and combine between ranks of one host, through shared memory (layout: shm.h).
 //
-// Gather costs one copy of this rank's tokens; peers read them where they lie. Combine reads each
-// peer's partial outputs for this rank's tokens once, where they lie.
+// Gather costs one copy of this rank's tokens; peers read them where they lie. Combine reads the partial
+// outputs of each peer that computed something of a token of this rank once, where they lie.
 //
 // SPDX-License-Identifier: Apache-2.0
 #define _GNU_SOURCE
@@ -231,7 +231,7 @@ static ms_status shm_combine(ms_exchange *x, ms_batch *batch, ms_threads *thread
     MS_TRY(map_zone(s, r, MS_SHM_PARTIALS, err));
     s->parts[r] = (const float *)(const void *)s->peers[r].zone[MS_SHM_PARTIALS] + skip;
   }
-  return ms_combine_ranks(batch, s->parts, x->R, threads, err);
+  return ms_combine_ranks(batch, s->parts, x->R, false, threads, err);
 }
 
 static ms_status shm_refuse(ms_exchange *x, const char *msg, ms_error *err) {

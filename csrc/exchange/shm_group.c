@@ -21,7 +21,7 @@
 
 enum { PATH = MS_SHM_NAME + 32, NAP_NS = 1000 * 1000 }; // between two looks for peers' files
 
-static const uint64_t MAGIC = 0x6d6f657300000001; // "moes", version of the layout in shm.h
+static const uint64_t MAGIC = 0x6d6f657300000002; // "moes", version of the layout in shm.h
 
 static void file_path(const ms_shm *s, int32_t rank, char path[PATH]) {
   snprintf(path, PATH, "/moeshard-%s-%d", s->name, rank);

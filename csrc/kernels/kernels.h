@@ -39,7 +39,7 @@ typedef struct ms_kernels {
   void (*tile_dot)(const ms_tile *tile); // bf16 panels, bf16 rows; NULL without a bf16 dot product
   // The two epilogues; acc is [rows][64] as tile leaves it, scale and bias [16*panels] (scatter: [columns]) or NULL (1, 0).
   //   activate   x[n] = acc[i][n] * scale[n] + bias[n];  out[i * out_stride + n] = act(x[n]), n < 16*panels;
-  //              gated: panels alternate gate, up and out[...] = act(x[gate]) * x[up], half as wide.
+  //              gated: panels alternate gate, up and out[...] = act(x[gate]) * x[up] (or what ms_activation says), half as wide.
   //              out is fp32; activate_bf16 rounds it for tile_dot (NULL like it)
   //   scatter    out[i][n] = weight[i] * (acc[i][n] * scale[n] + bias[n]), n < columns
   void (*activate)(ms_activation activation, bool gated, const float *acc, const float *scale,

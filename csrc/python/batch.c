@@ -8,6 +8,7 @@
 #include "error.h"
 #include "routing_args.h"
 #include "../base/memory.h"
+#include "../layout.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -56,7 +57,7 @@ static PyObject *settle_lease(batch_object *self) {
 }
 
 void core_batch_forget_gather(batch_object *self, batch_debts *debts) {
-  self->gathered = false;
+  self->gathered = self->counted = false;
   for (int i = 0; i < BATCH_GATHERED; i++) owe(debts, &self->arrays[i]);
   debts->objects[0] = (PyObject *)self->exchange;
   self->exchange = NULL;
@@ -68,11 +69,14 @@ void core_batch_forget_route(batch_object *self, batch_debts *debts) {
   self->routed = false;
   owe(debts, &self->hidden);
   owe(debts, &self->out);
+  if (self->batch) self->batch->layout = NULL; // NULL: it could not be made
+  debts->objects[2] = self->layout;
+  self->layout = NULL;
 }
 
 void core_batch_pay(batch_debts *debts) {
   for (int i = 0; i < 2 + BATCH_GATHERED; i++) tensor_hold_release(&debts->holds[i]);
-  for (int i = 0; i < 2; i++) Py_CLEAR(debts->objects[i]);
+  for (int i = 0; i < 3; i++) Py_CLEAR(debts->objects[i]);
 }
 
 // ---- the order of the steps ---------------------------------------------------------------------
@@ -149,7 +153,7 @@ static void batch_dealloc(PyObject *self) {
 
 PyDoc_STRVAR(route_doc,
              "route($self, /, hidden_states, top_k_index, top_k_weights, num_experts, out=None, *, "
-             "layer=0, replicated=False)\n--\n\n"
+             "layer=0, replicated=False, layout=None)\n--\n\n"
              "Step 1: take the router's choices for this rank's tokens, and refuse bad ones.\n\n"
              "Index and weights are copied. hidden_states and out are borrowed: the batch keeps "
              "them alive, and they must not\n"
@@ -166,7 +170,10 @@ PyDoc_STRVAR(route_doc,
              "        None: nothing is combined, the rows are only gathered.\n"
              "    layer: which layer this is; ranks check that they agree.\n"
              "    replicated: all ranks hold the same tokens: none are gathered, and out is the "
-             "sum over the ranks.\n\n"
+             "sum over the ranks.\n"
+             "    layout: the Layout of this rank, the same table on all of them: only slots that "
+             "it computes are computed.\n"
+             "        None: every rank holds columns of every expert, once.\n\n"
              "Raises:\n"
              "    ShapeError: a shape that does not fit the others.\n"
              "    DTypeError: a dtype that is not accepted, or no tensor.\n"
@@ -185,19 +192,35 @@ PyDoc_STRVAR(route_doc,
 
 static const tensor_where on_cpu = {.place = TENSOR_ON_CPU};
 
+static bool check_layout(core_state *state, PyObject *layout, int32_t E) {
+  if (layout == Py_None) return true;
+  if (!Py_IS_TYPE(layout, state->layout_type)) {
+    PyErr_Format(PyExc_TypeError, "layout: expected moeshard._core.Layout or None, got %R",
+                 Py_TYPE(layout));
+    return false;
+  }
+  int32_t experts = ((layout_object *)layout)->experts;
+  if (experts != E)
+    core_fail(state, MS_ESHAPE, "layout: it has %d experts, expected num_experts=%d", experts, E);
+  return experts == E;
+}
+
 static PyObject *batch_route(PyObject *object, PyObject *args, PyObject *kwargs) {
-  static char *names[] = {"hidden_states", "top_k_index", "top_k_weights", "num_experts",
-                          "out",           "layer",       "replicated",    NULL};
+  static char *names[] = {"hidden_states", "top_k_index", "top_k_weights", "num_experts", "out",
+                          "layer",         "replicated",  "layout",        NULL};
   batch_object *self = as_batch(object);
   core_state *state = core_state_of(object);
   PyObject *tensors[4] = {NULL, NULL, NULL, Py_None};
   long long experts, layer = 0;
   int replicated = 0;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOL|O$Lp:route", names, &tensors[0], &tensors[1],
-                                   &tensors[2], &experts, &tensors[3], &layer, &replicated))
+  PyObject *layout = Py_None;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOL|O$LpO:route", names, &tensors[0],
+                                   &tensors[1], &tensors[2], &experts, &tensors[3], &layer,
+                                   &replicated, &layout))
     return NULL;
   int32_t E;
   if (!core_int32(state, "num_experts", experts, &E)) return NULL;
+  if (!check_layout(state, layout, E)) return NULL;
 
   // Tensors are opened before the batch is taken and closed after it is left: both may run any Python code.
   routing_views v = {0};
@@ -217,6 +240,10 @@ static PyObject *batch_route(PyObject *object, PyObject *args, PyObject *kwargs)
     self->batch->layer = layer;
     self->batch->replicated = replicated;
     self->routed = true;
+    if (layout != Py_None) {
+      self->layout = Py_NewRef(layout);
+      self->batch->layout = ((layout_object *)layout)->layout;
+    }
     self->hidden = v.hidden.hold;
     self->out = v.out.hold;
     v.hidden.hold = v.out.hold = (tensor_hold){0};
@@ -240,9 +267,9 @@ PyDoc_STRVAR(header_doc, "header($self, /, call)\n--\n\n"
                          "Args:\n"
                          "    call: number of this call, the same on all ranks.\n\n"
                          "Returns:\n"
-                         "    [8] int64, the words of ms_header in csrc/moeshard.h: call, layer, "
+                         "    [9] int64, the words of ms_header in csrc/moeshard.h: call, layer, "
                          "T, D, K, E, dtype and replicated\n"
-                         "    (int32 each), digest of the routing.\n\n"
+                         "    (int32 each), digest of the routing, digest of the layout.\n\n"
                          "Raises:\n"
                          "    ArgumentError: a negative call, or nothing routed.\n");
 
@@ -269,7 +296,7 @@ PyDoc_STRVAR(
     "header_check($module, headers, /)\n--\n\n"
     "Compare the headers of all ranks: the same verdict, with the same text, on every rank.\n\n"
     "Args:\n"
-    "    headers: [R, 8] int64, Batch.header of every rank.\n\n"
+    "    headers: [R, 9] int64, Batch.header of every rank.\n\n"
     "Raises:\n"
     "    RankMismatch: names what differs, the ranks and both values.\n"
     "    ShapeError, DTypeError: not such an array.\n");
@@ -277,7 +304,7 @@ PyDoc_STRVAR(
 static PyObject *header_check(PyObject *module, PyObject *headers) {
   core_state *state = PyModule_GetState(module);
   array_need need = {
-      .name = "headers", .type = NPY_INT64, .ndim = 2, .shape = {-1, HEADER_WORDS}, .dims = "R, 8"};
+      .name = "headers", .type = NPY_INT64, .ndim = 2, .shape = {-1, HEADER_WORDS}, .dims = "R, 9"};
   PyArrayObject *array = array_take(state, headers, &need);
   if (!array) return NULL;
   int32_t R;
@@ -304,57 +331,103 @@ static int count_rows(core_state *state, const ms_batch *batch, PyArrayObject *t
   return 0;
 }
 
-static int open_gathered(core_state *state, PyObject *const tensors[BATCH_GATHERED],
+// What a transport brings, as it is kept: rows, then the routing.
+enum { HIDDEN, ROUTING };
+static const char *const brought[BATCH_GATHERED] = {"hidden_states", "top_k_index",
+                                                    "top_k_weights"};
+
+static void close_brought(tensor_view views[BATCH_GATHERED]) {
+  for (int i = 0; i < BATCH_GATHERED; i++) tensor_view_close(&views[i]);
+}
+
+// Open tensors[first .. end).
+static int open_brought(core_state *state, PyObject *const tensors[BATCH_GATHERED], int first,
+                        int end, tensor_view views[BATCH_GATHERED]) {
+  for (int i = first; i < end; i++)
+    if (tensor_view_open(state, tensors[i], brought[i], false, NULL, &views[i])) return -1;
+  return 0;
+}
+
+static int check_hidden(core_state *state, const ms_batch *batch, int64_t rows, const char *dims,
+                        tensor_view *view) {
+  tensor_need need = {.name = brought[HIDDEN],
+                      .dtypes = 1u << batch->dtype,
+                      .ndim = 2,
+                      .shape = {rows, batch->D},
+                      .dims = dims};
+  return tensor_view_check(state, &need, view);
+}
+
+static int check_routing(core_state *state, const ms_batch *batch, int64_t N,
                          tensor_view views[BATCH_GATHERED]) {
-  static const char *const names[] = {"hidden_states", "top_k_index", "top_k_weights"};
-  for (int i = 0; i < BATCH_GATHERED; i++)
-    if (tensor_view_open(state, tensors[i], names[i], false, NULL, &views[i])) return -1;
+  const ms_dtype dtypes[] = {MS_I32, MS_F32};
+  for (int i = ROUTING; i < BATCH_GATHERED; i++) {
+    tensor_need need = {.name = brought[i],
+                        .dtypes = 1u << dtypes[i - ROUTING],
+                        .ndim = 2,
+                        .shape = {N, batch->K},
+                        .dims = "NK"};
+    if (tensor_view_check(state, &need, &views[i])) return -1;
+  }
   return 0;
 }
 
-static int check_gathered(core_state *state, const ms_batch *batch, int64_t N,
-                          tensor_view views[BATCH_GATHERED]) {
-  const tensor_need needs[BATCH_GATHERED] = {{.name = "hidden_states",
-                                              .dtypes = 1u << batch->dtype,
-                                              .ndim = 2,
-                                              .shape = {N, batch->D},
-                                              .dims = "ND"},
-                                             {.name = "top_k_index",
-                                              .dtypes = 1u << MS_I32,
-                                              .ndim = 2,
-                                              .shape = {N, batch->K},
-                                              .dims = "NK"},
-                                             {.name = "top_k_weights",
-                                              .dtypes = 1u << MS_F32,
-                                              .ndim = 2,
-                                              .shape = {N, batch->K},
-                                              .dims = "NK"}};
-  for (int i = 0; i < BATCH_GATHERED; i++)
-    if (tensor_view_check(state, &needs[i], &views[i])) return -1;
-  return 0;
+static void keep_brought(batch_object *self, int first, int end, tensor_view *views) {
+  for (int i = first; i < end; i++) {
+    self->arrays[i] = views[i].hold;
+    views[i].hold = (tensor_hold){0};
+  }
 }
 
-// With the batch taken. None, or NULL with an exception set.
-static PyObject *gather_from(core_state *state, batch_object *self, int32_t rank,
+// With the batch taken. rows: hidden_states is there too. None, or NULL with an exception set.
+static PyObject *gather_from(core_state *state, batch_object *self, bool rows, int32_t rank,
                              PyArrayObject *tokens, tensor_view views[BATCH_GATHERED],
                              batch_debts *debts) {
   int64_t N;
   int32_t R;
   ms_error err;
-  if (!check_routed(state, self, "gather_from")) return NULL;
+  if (!check_routed(state, self, rows ? "gather_from" : "gather_routing")) return NULL;
   if (!core_int32(state, "tokens", PyArray_DIM(tokens, 0), &R)) return NULL;
   if (count_rows(state, self->batch, tokens, &N)) return NULL;
-  if (check_gathered(state, self->batch, N, views)) return NULL;
+  if (rows && check_hidden(state, self->batch, N, "ND", &views[HIDDEN])) return NULL;
+  if (check_routing(state, self->batch, N, views)) return NULL;
   core_batch_forget_gather(self, debts);
   self->grouped = false;
-  ms_status status = ms_gather_from(self->batch, rank, R, PyArray_DATA(tokens), views[0].data,
-                                    views[1].data, views[2].data, &err);
-  self->gathered = status == MS_OK;
-  for (int i = 0; i < BATCH_GATHERED && self->gathered; i++) {
-    self->arrays[i] = views[i].hold;
-    views[i].hold = (tensor_hold){0};
+  const int64_t *of_ranks = PyArray_DATA(tokens);
+  const int32_t *index = views[ROUTING].data;
+  const float *weight = views[ROUTING + 1].data;
+  ms_status status =
+      rows ? ms_gather_from(self->batch, rank, R, of_ranks, views[HIDDEN].data, index, weight, &err)
+           : ms_gather_routing(self->batch, rank, R, of_ranks, index, weight, &err);
+  if (status == MS_OK) {
+    *(rows ? &self->gathered : &self->counted) = true;
+    keep_brought(self, rows ? HIDDEN : ROUTING, BATCH_GATHERED, views);
   }
   return core_none(state, status, &err);
+}
+
+// gather_from and gather_routing, whose arguments are (rank, tokens, then tensors[first ..]).
+static PyObject *take_gathered(PyObject *object, long long rank, PyObject *counts,
+                               PyObject *const tensors[BATCH_GATHERED], int first) {
+  batch_object *self = as_batch(object);
+  core_state *state = core_state_of(object);
+  array_need need = {.name = "tokens", .type = NPY_INT64, .ndim = 1, .shape = {-1}, .dims = "R"};
+  int32_t me;
+  PyArrayObject *tokens = NULL;
+  PyObject *result = NULL;
+  tensor_view views[BATCH_GATHERED] = {{0}};
+  batch_debts debts = {0};
+  if (!core_int32(state, "rank", rank, &me)) return NULL;
+  if (!(tokens = array_take(state, counts, &need))) return NULL;
+  if (open_brought(state, tensors, first, BATCH_GATHERED, views)) goto done;
+  if (!core_batch_enter(state, self)) goto done;
+  result = gather_from(state, self, first == HIDDEN, me, tokens, views, &debts);
+  core_batch_leave(self);
+done:
+  close_brought(views);
+  core_batch_pay(&debts);
+  Py_XDECREF((PyObject *)tokens);
+  return result;
 }
 
 PyDoc_STRVAR(
@@ -369,35 +442,178 @@ PyDoc_STRVAR(
     "    top_k_index: [N, K] int32, contiguous.\n"
     "    top_k_weights: [N, K] float32, contiguous.\n\n"
     "Raises:\n"
-    "    ShapeError, DTypeError: an array that does not fit the batch.\n"
+    "    ShapeError, DTypeError: an array that does not fit the batch; a layout of other ranks.\n"
     "    ArgumentError: nothing routed; tokens[rank] is not T; a rank out of range.\n");
 
 static PyObject *batch_gather_from(PyObject *object, PyObject *args, PyObject *kwargs) {
   static char *names[] = {"rank", "tokens", "hidden_states", "top_k_index", "top_k_weights", NULL};
-  batch_object *self = as_batch(object);
-  core_state *state = core_state_of(object);
   PyObject *counts = NULL, *tensors[BATCH_GATHERED] = {NULL};
   long long rank;
   if (!PyArg_ParseTupleAndKeywords(args, kwargs, "LOOOO:gather_from", names, &rank, &counts,
                                    &tensors[0], &tensors[1], &tensors[2]))
     return NULL;
-  array_need need = {.name = "tokens", .type = NPY_INT64, .ndim = 1, .shape = {-1}, .dims = "R"};
-  int32_t me;
-  PyArrayObject *tokens = NULL;
-  PyObject *result = NULL;
+  return take_gathered(object, rank, counts, tensors, HIDDEN);
+}
+
+PyDoc_STRVAR(
+    gather_routing_doc,
+    "gather_routing($self, /, rank, tokens, top_k_index, top_k_weights)\n--\n\n"
+    "Step 2 for a sparse layout, first half: the routing of all ranks, but no rows. Then needed "
+    "tells which rows go where,\n"
+    "and gather_rows takes those that came.\n\n"
+    "Args:\n"
+    "    rank, tokens, top_k_index, top_k_weights: as in gather_from.\n\n"
+    "Raises:\n"
+    "    As gather_from.\n");
+
+static PyObject *batch_gather_routing(PyObject *object, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"rank", "tokens", "top_k_index", "top_k_weights", NULL};
+  PyObject *counts = NULL, *tensors[BATCH_GATHERED] = {NULL};
+  long long rank;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "LOOO:gather_routing", names, &rank, &counts,
+                                   &tensors[ROUTING], &tensors[ROUTING + 1]))
+    return NULL;
+  return take_gathered(object, rank, counts, tensors, ROUTING);
+}
+
+// With the batch taken: whether a transport in Python has brought the routing.
+static bool check_brought(core_state *state, const batch_object *self, const char *step) {
+  if (self->counted || (self->gathered && !self->exchange)) return true;
+  core_fail(state, MS_EINVAL, "%s: gather_routing or gather_from has not run since the last route",
+            step);
+  return false;
+}
+
+static bool check_rank(core_state *state, const ms_batch *b, const char *name, long long rank) {
+  if (rank >= 0 && rank < b->R) return true;
+  core_fail(state, MS_EINVAL, "%s: got %lld, expected 0 to %d", name, rank, b->R - 1);
+  return false;
+}
+
+PyDoc_STRVAR(
+    needed_doc,
+    "needed($self, /, source, reader)\n--\n\n"
+    "The tokens of rank source that rank reader computes something of.\n\n"
+    "Args:\n"
+    "    source, reader: ranks.\n\n"
+    "Returns:\n"
+    "    [returned] int32, ascending, counted from the source's first token (of all tokens "
+    "when replicated). Without a\n"
+    "    sparse layout: all.\n\n"
+    "Raises:\n"
+    "    ArgumentError: gather_routing or gather_from has not run; a rank out of range.\n");
+
+static PyObject *batch_needed(PyObject *object, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"source", "reader", NULL};
+  batch_object *self = as_batch(object);
+  core_state *state = core_state_of(object);
+  long long source, reader;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "LL:needed", names, &source, &reader)) return NULL;
+  if (!core_batch_enter(state, self)) return NULL;
+  const ms_batch *b = self->batch;
+  PyObject *array = NULL;
+  if (check_brought(state, self, "needed") && check_rank(state, b, "source", source) &&
+      check_rank(state, b, "reader", reader)) {
+    int64_t count = ms_gather_needed(b, (int32_t)source, (int32_t)reader, NULL);
+    array = array_new(NPY_INT32, 1, count, 0);
+    if (array) ms_gather_needed(b, (int32_t)source, (int32_t)reader, array_data(array));
+  }
+  core_batch_leave(self);
+  return array;
+}
+
+static int64_t rows_to_come(const ms_batch *b) {
+  int64_t rows = 0;
+  for (int32_t r = 0; r < b->R && !b->replicated; r++)
+    if (r != b->rank) rows += ms_gather_needed(b, r, b->rank, NULL);
+  return rows;
+}
+
+PyDoc_STRVAR(
+    gather_rows_doc,
+    "gather_rows($self, hidden_states, /)\n--\n\n"
+    "Step 2 for a sparse layout, second half, after gather_routing.\n\n"
+    "Args:\n"
+    "    hidden_states: [M, D] of the dtype given to route, contiguous: the rows of needed(r, "
+    "rank) of "
+    "each other rank r,\n"
+    "        in rank order. Borrowed, and kept alive, until combine_ranks or the next route. Own "
+    "rows are read from what\n"
+    "        route was given.\n\n"
+    "Raises:\n"
+    "    ShapeError, DTypeError: not such rows.\n"
+    "    ArgumentError: gather_routing has not run since the last gather.\n");
+
+static PyObject *batch_gather_rows(PyObject *object, PyObject *rows) {
+  batch_object *self = as_batch(object);
+  core_state *state = core_state_of(object);
+  PyObject *result = NULL, *tensors[BATCH_GATHERED] = {rows};
   tensor_view views[BATCH_GATHERED] = {{0}};
-  batch_debts debts = {0};
-  if (!core_int32(state, "rank", rank, &me)) return NULL;
-  if (!(tokens = array_take(state, counts, &need))) return NULL;
-  if (open_gathered(state, tensors, views)) goto done;
+  if (open_brought(state, tensors, HIDDEN, HIDDEN + 1, views)) goto done;
   if (!core_batch_enter(state, self)) goto done;
-  result = gather_from(state, self, me, tokens, views, &debts);
+  if (!self->counted) {
+    core_fail(state, MS_EINVAL, "gather_rows: gather_routing has not run since the last gather");
+  } else if (!check_hidden(state, self->batch, rows_to_come(self->batch), "MD", views)) {
+    ms_gather_received(self->batch, views[HIDDEN].data);
+    keep_brought(self, HIDDEN, HIDDEN + 1, views);
+    self->counted = false;
+    self->gathered = true;
+    result = Py_NewRef(Py_None);
+  }
   core_batch_leave(self);
 done:
-  for (int i = 0; i < BATCH_GATHERED; i++) tensor_view_close(&views[i]);
-  core_batch_pay(&debts);
-  Py_XDECREF((PyObject *)tokens);
+  close_brought(views);
   return result;
+}
+
+PyDoc_STRVAR(take_doc, "take($self, tokens=None, /)\n--\n\n"
+                       "Rows of this rank's own tokens, for a transport in Python to send.\n\n"
+                       "Args:\n"
+                       "    tokens: [n] integers, 0 to T-1, in any order. None: all.\n\n"
+                       "Returns:\n"
+                       "    [n, D], a copy: float32, or uint16 words for bfloat16 and float16.\n\n"
+                       "Raises:\n"
+                       "    RangeError: a token outside 0..T-1.\n"
+                       "    ArgumentError: nothing routed, or already combined.\n");
+
+static bool check_tokens(core_state *state, const int64_t *token, int64_t count, int64_t T) {
+  for (int64_t i = 0; i < count; i++)
+    if (token[i] < 0 || token[i] >= T) {
+      core_fail(state, MS_ERANGE, "tokens[%lld]: got %lld, expected 0 to %lld", (long long)i,
+                (long long)token[i], (long long)T - 1);
+      return false;
+    }
+  return true;
+}
+
+static PyObject *batch_take(PyObject *object, PyObject *args) {
+  batch_object *self = as_batch(object);
+  core_state *state = core_state_of(object);
+  PyObject *like = Py_None, *array = NULL, *tokens = NULL;
+  if (!PyArg_ParseTuple(args, "|O:take", &like)) return NULL;
+  if (like != Py_None) { // as array_take, but there may be none
+    PyObject *any = PyArray_FROM_O(like);
+    if (any) tokens = PyArray_FROM_OTF(any, NPY_INT64, NPY_ARRAY_IN_ARRAY);
+    Py_XDECREF(any);
+    if (!tokens) return core_fail_from(state, MS_EDTYPE, "tokens: expected integers [n]");
+  }
+  if (!core_batch_enter(state, self)) goto done;
+  const ms_batch *b = self->batch;
+  const int64_t *token = tokens ? array_data(tokens) : NULL;
+  int64_t count = tokens ? (int64_t)PyArray_SIZE((PyArrayObject *)tokens) : b->T;
+  if (check_routed(state, self, "take") && (!tokens || check_tokens(state, token, count, b->T)) &&
+      (array = array_new(b->dtype == MS_F32 ? NPY_FLOAT : NPY_UINT16, 2, count, b->D))) {
+    char *to = array_data(array);
+    size_t bytes = (size_t)(b->D * ms_dtype_size(b->dtype));
+    PyThreadState *gil = PyEval_SaveThread();
+    for (int64_t i = 0; i < count; i++, to += bytes)
+      memcpy(to, (const char *)b->hidden + (size_t)(token ? token[i] : i) * bytes, bytes);
+    PyEval_RestoreThread(gil);
+  }
+  core_batch_leave(self);
+done:
+  Py_XDECREF(tokens);
+  return array;
 }
 
 // ---- steps 3 and 4 ------------------------------------------------------------------------------
@@ -497,9 +713,12 @@ PyDoc_STRVAR(
     "combine_choices($self, /)\n--\n\n"
     "Step 5, first half: the sum of the K choices of each token, over this rank's columns.\n\n"
     "Returns:\n"
-    "    [N, D] float32, this rank's partial outputs for the tokens of all ranks. Not a copy: "
-    "later steps of\n"
-    "    this call write to it; from the next gather on it is the caller's own.\n\n"
+    "    [N, D] float32, this rank's partial outputs for the tokens of all ranks; with a sparse "
+    "layout, rows of tokens that\n"
+    "    it computes nothing of hold anything. Not a copy: later steps of this call write to it; "
+    "from "
+    "the next gather on it\n"
+    "    is the caller's own.\n\n"
     "Raises:\n"
     "    ArgumentError: not gathered by gather_from, or ffn has not run.\n");
 
@@ -539,15 +758,20 @@ static PyObject *combine_ranks(core_state *state, batch_object *self, core_pool 
   if (count != b->R)
     return core_fail(state, MS_ESHAPE,
                      "parts: got %zd arrays, expected one of each of the %d ranks", count, b->R);
-  tensor_need need = {
-      .name = "parts", .dtypes = 1u << MS_F32, .ndim = 2, .shape = {b->T, b->D}, .dims = "TD"};
   for (Py_ssize_t r = 0; r < count; r++) {
+    bool all = r == b->rank || !ms_sparse(b);
+    tensor_need need = {
+        .name = "parts",
+        .dtypes = 1u << MS_F32,
+        .ndim = 2,
+        .shape = {all ? b->T : ms_gather_needed(b, b->rank, (int32_t)r, NULL), b->D},
+        .dims = all ? "TD" : "MD"};
     if (tensor_view_check(state, &need, &views[r])) return NULL;
     data[r] = views[r].data;
   }
   ms_error err;
   PyThreadState *gil = PyEval_SaveThread();
-  ms_status status = ms_combine_ranks(self->batch, data, (int32_t)count, pool->threads, &err);
+  ms_status status = ms_combine_ranks(self->batch, data, (int32_t)count, true, pool->threads, &err);
   PyEval_RestoreThread(gil);
   return core_none(state, status, &err);
 }
@@ -558,7 +782,9 @@ PyDoc_STRVAR(combine_ranks_doc, "combine_ranks($self, parts, /)\n--\n\n"
                                 "Closes the call: the batch lets go of what it has borrowed. "
                                 "Without an out, that is all it does.\n\n"
                                 "Args:\n"
-                                "    parts: R arrays [T, D] float32, contiguous, in rank order.\n\n"
+                                "    parts: R arrays [T, D] float32, contiguous, in rank order. "
+                                "With a sparse layout those of other ranks\n"
+                                "        have only the rows of needed(rank, r).\n\n"
                                 "Raises:\n"
                                 "    ShapeError: not R arrays, or one that is not [T, D].\n"
                                 "    DTypeError: not float32.\n"
@@ -626,7 +852,9 @@ PyDoc_STRVAR(
     "rows($self, /)\n--\n\n"
     "The gathered tokens of all ranks.\n\n"
     "Returns:\n"
-    "    [N, D], a copy, in rank order: float32, or uint16 words for bfloat16 and float16.\n\n"
+    "    [N, D], a copy, in rank order: float32, or uint16 words for bfloat16 and float16. Rows "
+    "that gather_rows did not bring\n"
+    "    are zero.\n\n"
     "Raises:\n"
     "    ArgumentError: nothing was gathered, or already combined.\n");
 
@@ -641,7 +869,8 @@ static PyObject *batch_rows(PyObject *object, PyObject *unused) {
     char *to = array_data(array);
     size_t bytes = (size_t)(b->D * ms_dtype_size(b->dtype));
     PyThreadState *gil = PyEval_SaveThread();
-    for (int64_t i = 0; i < b->N; i++, to += bytes) memcpy(to, b->row[i], bytes);
+    for (int64_t i = 0; i < b->N; i++, to += bytes)
+      b->row[i] ? memcpy(to, b->row[i], bytes) : memset(to, 0, bytes);
     PyEval_RestoreThread(gil);
   }
   leave_gathered(self);
@@ -656,26 +885,53 @@ static PyObject *lengths(const int64_t *limits, int64_t n) {
   return array;
 }
 
-PyDoc_STRVAR(counts_doc, "counts($self, /)\n--\n\n"
+PyDoc_STRVAR(counts_doc, "counts($self, own=False, /)\n--\n\n"
                          "How many (token, choice) slots of all ranks each expert has.\n\n"
+                         "Args:\n"
+                         "    own: only those that this rank computes, wholly or in part.\n\n"
                          "Returns:\n"
                          "    [E] int64. Slots without an expert are in none of them.\n\n"
                          "Raises:\n"
                          "    ArgumentError: not grouped since the last gather.\n");
 
-static PyObject *batch_counts(PyObject *object, PyObject *unused) {
-  (void)unused;
+static PyObject *batch_counts(PyObject *object, PyObject *args) {
   batch_object *self = as_batch(object);
   core_state *state = core_state_of(object);
+  int own = 0;
+  if (!PyArg_ParseTuple(args, "|p:counts", &own)) return NULL;
   if (!core_batch_enter(state, self)) return NULL;
   const ms_batch *b = self->batch;
   PyObject *array = NULL;
   if (!self->grouped)
     core_fail(state, MS_EINVAL, "counts: nothing was grouped since the last gather");
   else
-    array = lengths(b->offset, b->E);
+    array = own ? lengths(b->offset, b->E) : array_copy(NPY_INT64, 1, b->E, 0, b->count);
   core_batch_leave(self);
   return array;
+}
+
+static PyObject *get_rows_read(PyObject *object, void *unused) {
+  (void)unused;
+  batch_object *self = as_batch(object);
+  core_state *state = core_state_of(object);
+  if (!core_batch_enter(state, self)) return NULL;
+  const ms_batch *b = self->batch;
+  PyObject *pair = NULL;
+  if (!self->grouped)
+    core_fail(state, MS_EINVAL, "rows_read: nothing was grouped since the last gather");
+  else
+    pair = Py_BuildValue("(LL)", (long long)b->tokens_read, (long long)b->partials_read);
+  core_batch_leave(self);
+  return pair;
+}
+
+static PyObject *get_sparse(PyObject *object, void *unused) {
+  (void)unused;
+  batch_object *self = as_batch(object);
+  if (!core_batch_enter(core_state_of(object), self)) return NULL;
+  bool sparse = ms_sparse(self->batch) != NULL;
+  core_batch_leave(self);
+  return PyBool_FromLong(sparse);
 }
 
 static PyObject *get_tokens_per_rank(PyObject *object, void *unused) {
@@ -730,11 +986,16 @@ static PyMethodDef methods[] = {
     {"header", (PyCFunction)(void (*)(void))batch_header, METH_VARARGS | METH_KEYWORDS, header_doc},
     {"gather_from", (PyCFunction)(void (*)(void))batch_gather_from, METH_VARARGS | METH_KEYWORDS,
      gather_from_doc},
+    {"gather_routing", (PyCFunction)(void (*)(void))batch_gather_routing,
+     METH_VARARGS | METH_KEYWORDS, gather_routing_doc},
+    {"needed", (PyCFunction)(void (*)(void))batch_needed, METH_VARARGS | METH_KEYWORDS, needed_doc},
+    {"gather_rows", batch_gather_rows, METH_O, gather_rows_doc},
+    {"take", batch_take, METH_VARARGS, take_doc},
     {"combine_choices", batch_combine_choices, METH_NOARGS, combine_choices_doc},
     {"combine_ranks", batch_combine_ranks, METH_O, combine_ranks_doc},
     {"routing", batch_routing, METH_NOARGS, routing_doc},
     {"rows", batch_rows, METH_NOARGS, rows_doc},
-    {"counts", batch_counts, METH_NOARGS, counts_doc},
+    {"counts", batch_counts, METH_VARARGS, counts_doc},
     {0}};
 
 static PyGetSetDef getset[] = {
@@ -742,6 +1003,11 @@ static PyGetSetDef getset[] = {
      "[R] int64: the tokens of each rank in the last gather; all of them at rank 0 when "
      "replicated.",
      NULL},
+    {"rows_read", get_rows_read, NULL,
+     "(tokens, partial outputs): rows of other ranks that ffn and combine of the last group read.",
+     NULL},
+    {"sparse", get_sparse, NULL,
+     "Whether route was given a sparse layout: rows travel only where they are computed.", NULL},
     {"shape", get_shape, NULL, "(T, D, K) of the last route.", NULL},
     {"dtype", get_dtype, NULL, "The dtype of the last route's hidden_states.", NULL},
     {"nbytes", get_nbytes, NULL,
@@ -755,7 +1021,9 @@ PyDoc_STRVAR(
     "next one.\n\n"
     "Steps 2 and 5 belong to the exchange: exchange.gather(batch), exchange.combine(batch). A "
     "transport written in\n"
-    "Python uses header, gather_from, combine_choices and combine_ranks instead.\n\n"
+    "Python uses header, gather_from (or gather_routing, needed and gather_rows), combine_choices "
+    "and combine_ranks\n"
+    "instead.\n\n"
     "For one thread at a time: a call that finds it in use by another raises ArgumentError.\n");
 
 static PyType_Slot slots[] = {{Py_tp_doc, (void *)type_doc},  {Py_tp_new, batch_new},

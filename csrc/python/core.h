@@ -41,7 +41,7 @@ enum { CORE_TABLES = 8, CORE_ERRORS = MS_EINTR };
 
 typedef struct core_state {
   PyObject *errors[CORE_ERRORS]; // by ms_status; MS_OK: MoeshardError; NULL: a builtin
-  PyTypeObject *tensor_type, *experts_type, *batch_type,
+  PyTypeObject *tensor_type, *experts_type, *layout_type, *batch_type,
       *exchange_type;                // NULL: the extension has none
   PyObject *dlpack, *exchange_table; // the names of the two protocols
 
@@ -69,6 +69,7 @@ int core_state_clear(core_state *state);
 int core_add_errors(PyObject *module, core_state *state);
 int core_add_threads(PyObject *module, core_state *state);
 int core_add_plan(PyObject *module);
+int core_add_layout(PyObject *module, core_state *state);
 int core_add_tensor(PyObject *module, core_state *state);
 int core_add_experts(PyObject *module, core_state *state);
 int core_add_batch(PyObject *module, core_state *state);
@@ -96,6 +97,11 @@ typedef struct experts_object {
   ms_experts *experts;
 } experts_object;
 
+typedef struct layout_object {
+  PyObject_HEAD ms_layout *layout;
+  int32_t ranks, experts, rank;
+} layout_object;
+
 typedef struct exchange_object {
   PyObject_HEAD ms_exchange *exchange; // NULL once closed
   atomic_bool busy;                    // a call is running
@@ -109,11 +115,13 @@ enum { BATCH_GATHERED = 3 };
 typedef struct batch_object {
   PyObject_HEAD ms_batch *batch;
   atomic_bool busy;
-  bool routed;             // hidden and out are held
-  bool gathered;           // by `exchange` in its `turn`, or by gather_from when that is NULL
-  bool grouped;            // the last gather was
-  tensor_hold hidden, out; // from route to combine
+  bool routed;   // hidden, out and layout are held
+  bool counted;  // gather_routing has brought the routing, gather_rows is to bring the rows
+  bool gathered; // by `exchange` in its `turn`, or by gather_from when that is NULL
+  bool grouped;  // the last gather was
+  tensor_hold hidden, out;            // from route to combine
   tensor_hold arrays[BATCH_GATHERED]; // from gather_from to combine
+  PyObject *layout;                   // from route to combine, or NULL
   exchange_object *exchange;
   uint64_t turn;
   PyObject *lease; // capsule, base of the arrays that combine_choices gave out (batch.c)
@@ -128,7 +136,7 @@ void core_exchange_leave(exchange_object *self);
 // What a batch has borrowed, to be dropped after it was left: dropping may run any Python code.
 typedef struct batch_debts {
   tensor_hold holds[2 + BATCH_GATHERED];
-  PyObject *objects[2];
+  PyObject *objects[3];
 } batch_debts;
 void core_batch_forget_gather(batch_object *self, batch_debts *debts);
 void core_batch_forget_route(batch_object *self, batch_debts *debts); // and gather

@@ -153,7 +153,8 @@ static PyGetSetDef getset[] = {
 
 PyDoc_STRVAR(
     type_doc,
-    "PackedExperts(*, columns, d_model, d_ff, dtype, activation, gated, b_in, b_out)\n--\n\n"
+    "PackedExperts(*, columns, d_model, d_ff, dtype, activation, gated, b_in, b_out, "
+    "interleaved=False)\n--\n\n"
     "This rank's columns of every expert of a layer, laid out for the kernels. Filled expert by "
     "expert with pack.\n\n"
     "Holds the packed weights and nothing else. Any number of threads may compute with it at "
@@ -166,11 +167,12 @@ PyDoc_STRVAR(
     "    dtype: storage, 'float32', 'bfloat16', 'float16' or 'int8' (each row of w_in and w_out "
     "times a float32 scale:\n"
     "        its largest magnitude / 127; a row with a NaN or an infinity becomes NaN).\n"
-    "    activation: 'identity', 'relu', 'gelu' (erf), 'gelu_tanh' or 'silu'.\n"
+    "    activation: 'identity', 'relu', 'gelu' (erf), 'gelu_tanh', 'silu' or 'clamped_swiglu'.\n"
     "    gated: y = act(x W_gate^T) * (x W_up^T); w_in then holds the gate rows, then the up "
     "rows.\n"
     "    b_in: whether the experts have an inner bias.\n"
-    "    b_out: whether the experts have an output bias.\n\n"
+    "    b_out: whether the experts have an output bias.\n"
+    "    interleaved: the rows of what is packed alternate instead: gate 0, up 0, gate 1, ...\n\n"
     "Raises:\n"
     "    ArgumentError: a size or a column range out of bounds, or an unknown activation.\n"
     "    ShapeError: columns is not [E, 2].\n"

@@ -8,11 +8,9 @@
 #include <stdio.h>
 #include <string.h>
 
-static const char *const activations[MS_ACTIVATION_COUNT] = {[MS_IDENTITY] = "identity",
-                                                             [MS_RELU] = "relu",
-                                                             [MS_GELU] = "gelu",
-                                                             [MS_GELU_TANH] = "gelu_tanh",
-                                                             [MS_SILU] = "silu"};
+static const char *const activations[MS_ACTIVATION_COUNT] = {
+    [MS_IDENTITY] = "identity",   [MS_RELU] = "relu", [MS_GELU] = "gelu",
+    [MS_GELU_TANH] = "gelu_tanh", [MS_SILU] = "silu", [MS_CLAMPED_SWIGLU] = "clamped_swiglu"};
 
 static const ms_experts_spec *spec_of(PyObject *self) { return ((experts_head *)self)->spec; }
 
@@ -32,19 +30,21 @@ static bool parse_activation(core_state *state, const char *text, ms_activation 
 
 int experts_parse_new(core_state *state, PyObject *args, PyObject *kwargs, int32_t *device,
                       ms_experts_spec *spec, PyObject **columns) {
-  static char *names[] = {"columns", "d_model", "d_ff",  "dtype",  "activation",
-                          "gated",   "b_in",    "b_out", "device", NULL};
-  static char *host_names[] = {"columns", "d_model", "d_ff",  "dtype", "activation",
-                               "gated",   "b_in",    "b_out", NULL};
+  static char *names[] = {"columns", "d_model", "d_ff",   "dtype",       "activation", "gated",
+                          "b_in",    "b_out",   "device", "interleaved", NULL};
+  static char *host_names[] = {"columns", "d_model", "d_ff",  "dtype",       "activation",
+                               "gated",   "b_in",    "b_out", "interleaved", NULL};
   PyObject *table = NULL;
   const char *dtype = NULL, *activation = NULL;
   long long D = LLONG_MIN, F = LLONG_MIN, number = device ? LLONG_MIN : 0;
-  int gated = -1, b_in = -1, b_out = -1;
-  if (!PyArg_ParseTupleAndKeywords(
-          args, kwargs, device ? "|$OLLsspppL:PackedExperts" : "|$OLLssppp:PackedExperts",
-          device ? names : host_names, &table, &D, &F, &dtype, &activation, &gated, &b_in, &b_out,
-          &number))
-    return -1;
+  int gated = -1, b_in = -1, b_out = -1, interleaved = 0;
+  int parsed = device ? PyArg_ParseTupleAndKeywords(args, kwargs, "|$OLLsspppLp:PackedExperts",
+                                                    names, &table, &D, &F, &dtype, &activation,
+                                                    &gated, &b_in, &b_out, &number, &interleaved)
+                      : PyArg_ParseTupleAndKeywords(args, kwargs, "|$OLLsspppp:PackedExperts",
+                                                    host_names, &table, &D, &F, &dtype, &activation,
+                                                    &gated, &b_in, &b_out, &interleaved);
+  if (!parsed) return -1;
   // The format above cannot say "keyword-only and required".
   const bool missing[] = {!table,   D == LLONG_MIN, F == LLONG_MIN,
                           !dtype,   !activation,    gated < 0,
@@ -54,7 +54,12 @@ int experts_parse_new(core_state *state, PyObject *args, PyObject *kwargs, int32
       PyErr_Format(PyExc_TypeError, "PackedExperts() missing required argument '%s'", names[i]);
       return -1;
     }
-  *spec = (ms_experts_spec){.D = D, .F = F, .gated = gated, .has_b_in = b_in, .has_b_out = b_out};
+  *spec = (ms_experts_spec){.D = D,
+                            .F = F,
+                            .gated = gated,
+                            .interleaved = interleaved,
+                            .has_b_in = b_in,
+                            .has_b_out = b_out};
   if (!tensor_dtype_parse(state, dtype, device ? TENSOR_FLOATS : TENSOR_STORAGE, &spec->storage))
     return -1;
   if (!parse_activation(state, activation, &spec->activation)) return -1;

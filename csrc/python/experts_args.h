@@ -53,7 +53,7 @@ PyObject *experts_get_has_b_out(PyObject *self, void *closure);
     {"d_model", experts_get_d_model, NULL, "Model width D.", NULL}, \
     {"d_ff", experts_get_d_ff, NULL, "Hidden width F of a whole expert.", NULL}, \
     {"dtype", experts_get_dtype, NULL, "Storage of the packed weights: 'float32', 'bfloat16' or 'float16'.", NULL}, \
-    {"activation", experts_get_activation, NULL, "'identity', 'relu', 'gelu', 'gelu_tanh' or 'silu'.", NULL}, \
+    {"activation", experts_get_activation, NULL, "'identity', 'relu', 'gelu', 'gelu_tanh', 'silu' or 'clamped_swiglu'.", NULL}, \
     {"gated", experts_get_gated, NULL, "Whether w_in holds gate rows, then up rows.", NULL}, \
     {"has_b_in", experts_get_has_b_in, NULL, "Whether there is an inner bias.", NULL}, \
     {"has_b_out", experts_get_has_b_out, NULL, "Whether there is an output bias.", NULL}

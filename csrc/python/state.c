@@ -14,6 +14,7 @@ int core_state_traverse(core_state *state, visitproc visit, void *arg) {
   for (int i = 0; i < CORE_TABLES; i++) Py_VISIT(state->tables[i].type);
   Py_VISIT(state->tensor_type);
   Py_VISIT(state->experts_type);
+  Py_VISIT(state->layout_type);
   Py_VISIT(state->batch_type);
   Py_VISIT(state->exchange_type);
   return 0;
@@ -24,6 +25,7 @@ int core_state_clear(core_state *state) {
   for (int i = 0; i < CORE_TABLES; i++) Py_CLEAR(state->tables[i].type);
   Py_CLEAR(state->tensor_type);
   Py_CLEAR(state->experts_type);
+  Py_CLEAR(state->layout_type);
   Py_CLEAR(state->batch_type);
   Py_CLEAR(state->exchange_type);
   Py_CLEAR(state->dlpack);

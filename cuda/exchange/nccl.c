@@ -108,9 +108,18 @@ static ms_status asynchronous(nccl_exchange *x, ms_error *err) {
   return give_up(x, err);
 }
 
+// A call of the CUDA runtime failed: because a collective did, if NCCL knows of one. Locked.
+static ms_status cuda_failed(nccl_exchange *x, cudaError_t error, const char *call, ms_error *err) {
+  ms_status status = asynchronous(x, err);
+  if (status != MS_OK) return status;
+  ms_cuda_status(error, call, err);
+  return give_up(x, err);
+}
+
 // ---- watching -----------------------------------------------------------------------------------
 
-// Watch what was just enqueued on `stream`. In a stream that is being captured nothing runs, so nothing is late. Locked.
+// Watch what was just enqueued on `stream`. In a stream that is being captured nothing runs, so nothing is late.
+// Locked.
 static ms_status mark(nccl_exchange *x, cudaStream_t stream, ms_error *err) {
   enum cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
   cudaError_t error = cudaStreamIsCapturing(stream, &capturing);
@@ -119,9 +128,7 @@ static ms_status mark(nccl_exchange *x, cudaStream_t stream, ms_error *err) {
     if (x->pending < 2) x->pending++; // else the newest is recorded anew: a later end
     error = cudaEventRecord(x->event[(x->oldest + x->pending - 1) % 2], stream);
   }
-  if (error == cudaSuccess) return MS_OK;
-  ms_cuda_status(error, "cudaEventRecord", err);
-  return give_up(x, err);
+  return error == cudaSuccess ? MS_OK : cuda_failed(x, error, "cudaEventRecord", err);
 }
 
 // Locked.
@@ -136,8 +143,7 @@ static void look(nccl_exchange *x) {
   }
   if (!x->pending) return;
   if (error != cudaErrorNotReady) {
-    ms_cuda_status(error, "cudaEventQuery", &err);
-    give_up(x, &err);
+    cuda_failed(x, error, "cudaEventQuery", &err);
   } else if (now() - x->since > x->timeout) {
     ms_fail(&err, MS_ETIMEOUT,
             "rank %d of %d: a collective did not end within %g s, so a rank died, is late or "
@@ -206,6 +212,21 @@ static ms_status reduce_scatter(ms_cuda_exchange *base, const float *send, float
                                            x->comm, stream),
                     err);
   if (status == MS_OK) status = mark(x, stream, err); // it ends after the all_gather of its chunk
+  pthread_mutex_unlock(&x->lock);
+  return status;
+}
+
+static ms_status all_reduce(ms_cuda_exchange *base, float *sums, int64_t count, void *stream,
+                            ms_error *err) {
+  nccl_exchange *x = as_nccl(base);
+  pthread_mutex_lock(&x->lock);
+  ms_status status = still_good(x, err);
+  if (status == MS_OK)
+    status = settle(
+        x, "ncclAllReduce",
+        x->nccl.all_reduce(sums, sums, (size_t)count, NCCL_FLOAT32, NCCL_SUM, x->comm, stream),
+        err);
+  if (status == MS_OK) status = mark(x, stream, err);
   pthread_mutex_unlock(&x->lock);
   return status;
 }
@@ -281,6 +302,7 @@ static ms_status create(const char *const *search, int32_t rank, int32_t R, int3
                                .device = device,
                                .all_gather = all_gather,
                                .reduce_scatter = reduce_scatter,
+                               .all_reduce = all_reduce,
                                .check = check,
                                .free = free_nccl};
   x->nccl = nccl;

@@ -31,6 +31,7 @@ static const struct {
     {"ncclCommAbort", offsetof(nccl_library, comm_abort)},
     {"ncclAllGather", offsetof(nccl_library, all_gather)},
     {"ncclReduceScatter", offsetof(nccl_library, reduce_scatter)},
+    {"ncclAllReduce", offsetof(nccl_library, all_reduce)},
 };
 
 nccl_config nccl_config_non_blocking(void) {

@@ -49,6 +49,8 @@ typedef struct nccl_library {
                     void *stream);
   int (*reduce_scatter)(const void *send, void *receive, size_t count, int dtype, int op,
                         nccl_comm comm, void *stream);
+  int (*all_reduce)(const void *send, void *receive, size_t count, int dtype, int op,
+                    nccl_comm comm, void *stream);
 } nccl_library;
 
 // Find NCCL, in this order: the file that MOESHARD_NCCL names (and no other); the copy that is in the process already

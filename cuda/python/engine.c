@@ -1,6 +1,7 @@
 // engine.c - the layer of moeshard_cuda.h for Python: Engine, whose forward enqueues a layer on the caller's stream.
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda.h"
+#include "../../csrc/python/arrays.h"
 #include "../../csrc/python/error.h"
 #include "../../csrc/python/routing_args.h"
 
@@ -69,11 +70,13 @@ static void engine_dealloc(PyObject *object) {
 PyDoc_STRVAR(
     forward_doc,
     "forward($self, /, experts, hidden_states, top_k_index, top_k_weights, out, *, capacity=None, "
-    "layer=0, tf32=False)\n--\n\n"
+    "layer=0, replicated=False, tf32=False)\n--\n\n"
     "Enqueue a whole layer, and return without waiting for it.\n\n"
     "It runs on the stream on which the library of hidden_states works now (torch's current "
     "stream); on the legacy\n"
     "default stream if that library has no DLPack exchange table. Collective with an exchange.\n\n"
+    "If the device finds something wrong with the call, out becomes NaN on every rank, and a later "
+    "call raises.\n\n"
     "Args:\n"
     "    experts: a moeshard._cuda.PackedExperts on the device of the engine.\n"
     "    hidden_states: [T, D] float32, bfloat16 or float16, contiguous, on that device, as are "
@@ -85,6 +88,8 @@ PyDoc_STRVAR(
     "    capacity: rows to reserve for each rank, the same on all, at least the tokens of any. "
     "None: T.\n"
     "    layer: which layer this is; ranks check that they agree.\n"
+    "    replicated: all ranks hold the same tokens; out is the sum over the ranks, on all of "
+    "them.\n"
     "    tf32: multiply float32 matrices on tensor cores, with 10 bits of mantissa.\n\n"
     "Raises:\n"
     "    ShapeError, DTypeError, ArgumentError: a bad argument.\n"
@@ -94,16 +99,16 @@ PyDoc_STRVAR(
     "    CudaError, CommError: a call of the CUDA runtime or of NCCL failed.\n");
 
 static PyObject *engine_forward(PyObject *object, PyObject *args, PyObject *kwargs) {
-  static char *names[] = {"experts",       "hidden_states", "top_k_index",
-                          "top_k_weights", "out",           "capacity",
-                          "layer",         "tf32",          NULL};
+  static char *names[] = {"experts",  "hidden_states", "top_k_index", "top_k_weights", "out",
+                          "capacity", "layer",         "replicated",  "tf32",          NULL};
   engine_object *self = as_engine(object);
   core_state *state = core_state_of(object);
   PyObject *experts = NULL, *tensors[4] = {NULL}, *room = Py_None;
   long long layer = 0;
-  int tf32 = 0;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOO|$OLp:forward", names, &experts, &tensors[0],
-                                   &tensors[1], &tensors[2], &tensors[3], &room, &layer, &tf32))
+  int replicated = 0, tf32 = 0;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOO|$OLpp:forward", names, &experts,
+                                   &tensors[0], &tensors[1], &tensors[2], &tensors[3], &room,
+                                   &layer, &replicated, &tf32))
     return NULL;
   if (!Py_IS_TYPE(experts, state->experts_type))
     return core_fail(state, MS_EDTYPE, "experts: expected a moeshard._cuda.PackedExperts");
@@ -130,6 +135,7 @@ static PyObject *engine_forward(PyObject *object, PyObject *args, PyObject *kwar
                        .capacity = capacity < 0 ? v.hidden.shape[0] : capacity,
                        .K = (int32_t)v.index.shape[1],
                        .layer = layer,
+                       .replicated = replicated,
                        .tf32 = tf32};
   if (v.hidden.shape[1] != packed->spec.D) {
     core_fail(state, MS_ESHAPE,
@@ -174,6 +180,122 @@ static PyObject *engine_faults(PyObject *object, PyObject *unused) {
   return core_none(state, status, &err);
 }
 
+// ---- times, for profiles ------------------------------------------------------------------------
+
+PyDoc_STRVAR(
+    record_doc,
+    "start_recording($self, /)\n--\n\n"
+    "Record every call from now on: when its steps begin on the device. Captured calls are "
+    "not.\n\n"
+    "Waits for the device; times count from the moment at which this returns. Legal "
+    "twice.\n\n"
+    "Raises:\n"
+    "    CudaError: a call of the CUDA runtime failed.\n");
+
+static PyObject *engine_start_recording(PyObject *object, PyObject *unused) {
+  (void)unused;
+  engine_object *self = as_engine(object);
+  core_state *state = core_state_of(object);
+  if (!enter(state, self)) return NULL;
+  ms_error err;
+  PyThreadState *gil = PyEval_SaveThread();
+  ms_status status = ms_cuda_engine_record(self->engine, true, &err);
+  PyEval_RestoreThread(gil);
+  leave(self);
+  return core_none(state, status, &err);
+}
+
+PyDoc_STRVAR(stamp_doc,
+             "stamp($self, tensor, /)\n--\n\n"
+             "The model's router begins to work for the next call, on the stream on which the "
+             "library of `tensor` works.\n\n"
+             "Nothing while nobody records.\n\n"
+             "Raises:\n"
+             "    CudaError: a call of the CUDA runtime failed.\n");
+
+static PyObject *engine_stamp(PyObject *object, PyObject *tensor) {
+  engine_object *self = as_engine(object);
+  core_state *state = core_state_of(object);
+  void *stream = NULL;
+  if (tensor_stream(state, tensor, self->device, &stream)) return NULL;
+  if (!enter(state, self)) return NULL;
+  ms_error err;
+  ms_status status = ms_cuda_engine_stamp(self->engine, stream, &err);
+  leave(self);
+  return core_none(state, status, &err);
+}
+
+static PyObject *times_as_tuple(const ms_cuda_times *t) {
+  PyObject *steps = PyTuple_New(MS_CUDA_STEPS), *result = NULL;
+  PyObject *seen = array_copy(NPY_INT64, 1, (int64_t)t->E + 1, 0, t->after);
+  if (!steps || !seen) goto done;
+  int64_t *counts = array_data(seen);
+  for (int32_t e = 0; e <= t->E; e++) counts[e] -= t->before[e];
+  for (int32_t i = 0; i < MS_CUDA_STEPS; i++) {
+    PyObject *value = PyFloat_FromDouble(t->step[i]);
+    if (!value || PyTuple_SetItem(steps, i, value)) goto done;
+  }
+  result = Py_BuildValue("(LLisddOO)", (long long)t->layer, (long long)t->tokens, (int)t->K,
+                         ms_dtype_name(t->dtype), t->block, t->begin, steps, seen);
+done:
+  Py_XDECREF(steps);
+  Py_XDECREF(seen);
+  return result;
+}
+
+PyDoc_STRVAR(stop_doc,
+             "stop_recording($self, /)\n--\n\n"
+             "Wait for the device and stop.\n\n"
+             "Returns:\n"
+             "    A list, in the order of the calls, of (layer, tokens, choices, dtype, block, "
+             "begin, steps, seen). block: when\n"
+             "    the router began to work, nan if nobody said so with `stamp`; begin: when the "
+             "layer began: nanoseconds\n"
+             "    since recording began. steps: nanoseconds in route, gather, group, ffn and "
+             "combine. seen: [E+1] int64,\n"
+             "    slots of each expert, all slots; zeros if the call had a fault.\n\n"
+             "Raises:\n"
+             "    CudaError: a call of the CUDA runtime failed.\n");
+
+static PyObject *engine_stop_recording(PyObject *object, PyObject *unused) {
+  (void)unused;
+  engine_object *self = as_engine(object);
+  core_state *state = core_state_of(object);
+  if (!enter(state, self)) return NULL;
+  ms_error err;
+  int64_t count = 0;
+  PyThreadState *gil = PyEval_SaveThread();
+  ms_status status = ms_cuda_engine_recorded(self->engine, &count, &err);
+  PyEval_RestoreThread(gil);
+  PyObject *list = NULL;
+  if (status != MS_OK) {
+    core_raise(state, &err);
+    goto done;
+  }
+  if (!(list = PyList_New(0))) goto done;
+  for (int64_t i = 0; i < count; i++) {
+    ms_cuda_times times;
+    PyObject *call = NULL;
+    if (ms_cuda_engine_times(self->engine, i, &times, &err) != MS_OK)
+      core_raise(state, &err);
+    else
+      call = times_as_tuple(&times);
+    if (!call || PyList_Append(list, call)) Py_CLEAR(list);
+    Py_XDECREF(call);
+    if (!list) goto done;
+  }
+  gil = PyEval_SaveThread();
+  status = ms_cuda_engine_record(self->engine, false, &err);
+  PyEval_RestoreThread(gil);
+  if (status != MS_OK) {
+    Py_CLEAR(list);
+    core_raise(state, &err);
+  }
+done:
+  leave(self);
+  return list;
+}
+
 static PyObject *get_device(PyObject *self, void *closure) {
   (void)closure;
   return PyLong_FromLong(as_engine(self)->device);
@@ -181,10 +303,14 @@ static PyObject *get_device(PyObject *self, void *closure) {
 
 // ---- the type -----------------------------------------------------------------------------------
 
-static PyMethodDef methods[] = {{"forward", (PyCFunction)(void (*)(void))engine_forward,
-                                 METH_VARARGS | METH_KEYWORDS, forward_doc},
-                                {"faults", engine_faults, METH_NOARGS, faults_doc},
-                                {0}};
+static PyMethodDef methods[] = {
+    {"forward", (PyCFunction)(void (*)(void))engine_forward, METH_VARARGS | METH_KEYWORDS,
+     forward_doc},
+    {"faults", engine_faults, METH_NOARGS, faults_doc},
+    {"start_recording", engine_start_recording, METH_NOARGS, record_doc},
+    {"stamp", engine_stamp, METH_O, stamp_doc},
+    {"stop_recording", engine_stop_recording, METH_NOARGS, stop_doc},
+    {0}};
 
 static PyGetSetDef getset[] = {
     {"device", get_device, NULL, "The number of the CUDA device it computes on.", NULL}, {0}};

@@ -1,6 +1,7 @@
 // experts.c - chapter "experts" of moeshard_cuda.h for Python: PackedExperts, this rank's columns on a device.
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda.h"
+#include "../../csrc/python/arrays.h"
 #include "../../csrc/python/error.h"
 #include "../../csrc/python/experts_args.h"
 
@@ -108,6 +109,34 @@ static PyObject *experts_unpack(PyObject *object, PyObject *args, PyObject *kwar
   return result;
 }
 
+PyDoc_STRVAR(seen_doc,
+             "seen($self, /, *, forget=False)\n--\n\n"
+             "The slots that came in so far, over all ranks: [E+1] int64, those of each expert, "
+             "then all of them.\n\n"
+             "Counted on the device; replays of a captured graph count too, calls with a fault do "
+             "not. Waits for the device.\n\n"
+             "Args:\n"
+             "    forget: begin anew.\n\n"
+             "Raises:\n"
+             "    CudaError: a call of the CUDA runtime failed.\n");
+
+static PyObject *experts_seen(PyObject *object, PyObject *args, PyObject *kwargs) {
+  static char *names[] = {"forget", NULL};
+  int forget = 0;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|$p:seen", names, &forget)) return NULL;
+  cuda_experts_object *self = (cuda_experts_object *)object;
+  PyObject *array = array_new(NPY_INT64, 1, (int64_t)self->spec->E + 1, 0);
+  if (!array) return NULL;
+  int64_t *seen = array_data(array);
+  ms_error err;
+  PyThreadState *gil = PyEval_SaveThread();
+  ms_status status = ms_cuda_experts_seen(self->experts, seen, forget, &err);
+  PyEval_RestoreThread(gil);
+  if (status == MS_OK) return array;
+  Py_DECREF(array);
+  return core_raise(core_state_of(object), &err);
+}
+
 static PyObject *get_nbytes(PyObject *self, void *closure) {
   (void)closure;
   return PyLong_FromLongLong(((cuda_experts_object *)self)->experts->bytes);
@@ -122,6 +151,7 @@ static PyMethodDef methods[] = {
     {"pack", (PyCFunction)(void (*)(void))experts_pack, METH_VARARGS | METH_KEYWORDS, pack_doc},
     {"unpack", (PyCFunction)(void (*)(void))experts_unpack, METH_VARARGS | METH_KEYWORDS,
      unpack_doc},
+    {"seen", (PyCFunction)(void (*)(void))experts_seen, METH_VARARGS | METH_KEYWORDS, seen_doc},
     {0}};
 
 static PyGetSetDef getset[] = {

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Literal, Protocol
 
+import torch
 from torch import nn
 
 from .. import _core
@@ -45,12 +47,37 @@ class Adapter(Protocol):
         """Undo what ``build`` changed in the block, before it takes its place again."""
 
 
+@dataclass(frozen=True)
+class Family:
+    """What ``docs/models.md`` says of a family; its table is made from these.
+
+    Attributes:
+        name: of the models.
+        replaces: the class of the modules that :func:`moeshard.shard` replaces.
+        transformers: the lines of transformers that it is tested with.
+        experts: what an expert computes.
+        routing: how tokens choose, and what is dropped.
+        quirks: of HuggingFace's code that are matched, or not, a sentence each.
+    """
+
+    name: str
+    replaces: str
+    transformers: str
+    experts: str
+    routing: str
+    quirks: tuple[str, ...] = ()
+
+
 _registered: dict[type[nn.Module], Adapter] = {}
 
-# Families that moeshard knows, by the class's own name and module, so that none of them is imported for nothing.
+# Families that moeshard knows, by the last part of the module's name and the class's own, so that none of them is
+# imported for nothing and code from the hub, whose module names have a hash in them, is found too.
 _BUILT_IN = {
-    ("transformers.models.switch_transformers.modeling_switch_transformers", "SwitchTransformersSparseMLP"): "switch",
+    ("modeling_switch_transformers", "SwitchTransformersSparseMLP"): "switch",
+    ("modeling_nllb_moe", "NllbMoeSparseMLP"): "nllb",
+    ("modeling_hf_nomic_bert", "NomicExperts"): "nomic",
 }
+FAMILIES = ("switch", "nllb", "nomic", "stacked")  # files here with a FAMILY
 
 
 def register_adapter(cls: type[nn.Module], adapter: Adapter) -> None:
@@ -58,7 +85,8 @@ def register_adapter(cls: type[nn.Module], adapter: Adapter) -> None:
 
     Args:
         cls: the class of the block, router and experts together.
-        adapter: see :class:`moeshard.Adapter`.
+        adapter: see :class:`moeshard.Adapter`; :class:`moeshard.adapters.listed.ListedExperts` for blocks that keep
+            their experts in a ``ModuleList``.
 
     Raises:
         ArgumentError: ``cls`` is not an ``nn.Module`` class, or the adapter lacks a method.
@@ -78,14 +106,24 @@ def register_adapter(cls: type[nn.Module], adapter: Adapter) -> None:
 
 def find_adapter(block: nn.Module) -> Adapter | None:
     """The adapter of a block's class or of its nearest base, ``None`` if there is none."""
+    adapter: Adapter
     for cls in type(block).__mro__:
         if cls in _registered:
             return _registered[cls]
-        family = _BUILT_IN.get((cls.__module__, cls.__qualname__))
+        family = _BUILT_IN.get((cls.__module__.rpartition(".")[2], cls.__qualname__))
         if family is not None:
-            adapter: Adapter = import_module(f".{family}", __name__).ADAPTER
+            adapter = import_module(f".{family}", __name__).ADAPTER
             return adapter
+    if is_stacked(block):
+        adapter = import_module(".stacked", __name__).ADAPTER
+        return adapter
     return None
+
+
+def is_stacked(module: nn.Module) -> bool:
+    """Whether a module's class was made by transformers' ``use_experts_implementation``: what that leaves behind."""
+    marks = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate", "down_proj")
+    return all(hasattr(module, mark) for mark in marks)
 
 
 def looks_like_moe(module: nn.Module) -> bool:
@@ -94,32 +132,84 @@ def looks_like_moe(module: nn.Module) -> bool:
     return "moe" in name or "mixtureofexperts" in name or isinstance(getattr(module, "experts", None), nn.Module)
 
 
-_ACTIVATIONS: dict[str, Activation] = {  # class names of torch and of transformers' ACT2FN
-    "Identity": "identity",
-    "LinearActivation": "identity",
-    "ReLU": "relu",
-    "GELUActivation": "gelu",
-    "NewGELUActivation": "gelu_tanh",
-    "FastGELUActivation": "gelu_tanh",
-    "GELUTanh": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-}
+def refuse_training(module: nn.Module, experts: ShardedExperts) -> None:
+    """Raise, on every rank, if a replacement was put in training mode.
+
+    Raises:
+        ArgumentError: it was.
+    """
+    if module.training:
+        with experts.group.refusing():
+            raise _core.ArgumentError("the model is in training mode: moeshard is for inference, call model.eval()")
 
 
-def activation_of(module: nn.Module) -> Activation:
-    """The name of an activation module.
+# ---- activations -----------------------------------------------------------------------------------------------------
+
+
+def activation_of(function: Callable[[torch.Tensor], torch.Tensor]) -> Activation:
+    """The name of an activation: the one with the same values, so that it does not matter what it is called.
+
+    Args:
+        function: a module or function, element by element.
 
     Raises:
         ArgumentError: one that the kernels do not have.
     """
-    if isinstance(module, nn.GELU):
-        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-    name = _ACTIVATIONS.get(type(module).__name__)
+    x = torch.linspace(-40, 40, 321)
+    name = _same(function, {name: (x, known(x)) for name, known in _PLAIN.items()})
     if name is None:
         raise _core.ArgumentError(
-            f"activation: {type(module).__name__} is not supported, expected one of "
-            f"{', '.join(sorted({'GELU', *_ACTIVATIONS}))}"
+            f"activation: {_name_of(function)} computes none of {', '.join(_PLAIN)}, which the kernels have"
         )
     return name
+
+
+def gate_of(function: Callable[[torch.Tensor], torch.Tensor], interleaved: bool) -> Activation:
+    """The name of the activation of a function from gate and up, ``[.., 2F]``, to hidden columns, ``[.., F]``.
+
+    Args:
+        function: computes ``act(gate) * up``, or what ``"clamped_swiglu"`` does.
+        interleaved: gate and up alternate; else all gates come first.
+
+    Raises:
+        ArgumentError: it computes something else.
+    """
+    gate = torch.linspace(-40, 40, 321)
+    up = gate.roll(100)
+    both = torch.stack((gate, up), -1).flatten() if interleaved else torch.cat((gate, up))
+    known = {name: (both, known(gate) * up) for name, known in _PLAIN.items()}
+    held = gate.clamp(max=7.0)
+    known["clamped_swiglu"] = (both, held * torch.sigmoid(1.702 * held) * (up.clamp(-7, 7) + 1))
+    name = _same(function, known)
+    if name is None:
+        raise _core.ArgumentError(
+            f"gate: {_name_of(function)} computes neither act(gate) * up with one of {', '.join(_PLAIN)}, "
+            "nor clamped_swiglu (gpt-oss's, with a limit of 7 and an alpha of 1.702), which the kernels have"
+        )
+    return name
+
+
+_PLAIN: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    "identity": lambda x: x,
+    "relu": torch.relu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
+    "silu": nn.functional.silu,
+}
+
+
+def _same(
+    function: Callable[[torch.Tensor], torch.Tensor], known: dict[Activation, tuple[torch.Tensor, torch.Tensor]]
+) -> Activation | None:
+    """The name under which the function's values are found."""
+    with torch.no_grad():
+        for name, (x, expected) in known.items():
+            found = function(x[None])[0]
+            # float32 leaves an error of an ulp of 1 in gelu's far tail, which a gate multiplies by at most 40.
+            if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-5, atol=4e-5):
+                return name
+    return None
+
+
+def _name_of(function: object) -> str:
+    return getattr(function, "__qualname__", type(function).__qualname__)

@@ -2,11 +2,12 @@
 """Switch Transformers of transformers 4.57 and of the 5 line: top-1 routing, capacity per sequence and expert.
 
 In both, the router returns a one-hot mask [B, S, E] with the row of a token beyond its expert's capacity all zero, the
-probability of the chosen expert [B, S, 1] and the logits [B, S, E]; a dropped token's output is exactly 0. The block
+probability of the chosen expert [B, S, 1] and the logits [B, S, E]; a dropped token's output is exactly 0. From 5.0 to
+5.17 the probability came first, and the mask was [B, S, 1, E], so that no token was ever beyond capacity. The block
 returns [B, S, D] in the 5 line and ([B, S, D], (logits, expert index [B, S])) in 4.57. The router is always called as a
 module, because the 5 line records logits by a hook on it.
 
-Source: transformers 5.23.0 and 4.57.6, modeling_switch_transformers.py.
+Source: transformers 5.23.0, 5.14.0, 5.0.0 and 4.57.6, modeling_switch_transformers.py.
 """
 
 import sys
@@ -19,7 +20,23 @@ from torch import nn
 from .. import _core
 from ..experts import ExpertWeights
 from ..layer import ShardedExperts
-from . import Capacity, activation_of
+from . import Capacity, Family, activation_of, refuse_training
+
+FAMILY = Family(
+    name="Switch Transformers (google/switch-base-8 ... switch-c-2048)",
+    replaces="`SwitchTransformersSparseMLP`",
+    transformers="5 (tried: 5.23, 5.14, 5.0), 4.57",
+    experts="ReLU or GELU, no bias",
+    routing="top-1; a token beyond `expert_capacity` of its sequence and expert is dropped",
+    quirks=(
+        "Capacity counts per sequence of the batch, in its order; a dropped token's output is exactly 0.",
+        "Padding tokens are routed and use up capacity, whatever `router_ignore_padding_tokens` says.",
+        "The router casts its classifier to float32 once and keeps it so; the best expert is chosen after the "
+        "probabilities were cast back, so that near-ties in bfloat16 go to the lower number.",
+        "The router module is still called, so that recorded `router_logits` appear.",
+        "`experts_implementation=` is accepted and ignored by transformers: call `moeshard.shard`.",
+    ),
+)
 
 
 class ShardedSwitch(nn.Module):
@@ -36,10 +53,10 @@ class ShardedSwitch(nn.Module):
         self, hidden_states: torch.Tensor
     ) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """Route [B, S, D] and send each token through its expert."""
-        if self.training:
-            with self.experts.group.refusing():
-                raise _core.ArgumentError("the model is in training mode: moeshard is for inference, call model.eval()")
+        refuse_training(self, self.experts)
         mask, probability, logits = self.router(hidden_states)
+        if mask.is_floating_point():  # before 5.18
+            mask, probability = probability.flatten(-2), mask
         kept, choice = mask.max(dim=-1)  # of an all-zero row: 0, and index 0 as HF's argmax gives
         index = torch.where(kept.bool(), choice, -1)
         output = self.experts(hidden_states, index.unsqueeze(-1), probability)

@@ -28,7 +28,6 @@ from .rivals import Contestant, Loop, contestants
 
 OURS = ("moeshard", "experts", "experts-bf16", "exchange")
 LEAST_ROUNDS, MOST_ROUNDS = 3, 21
-PEAK_SECONDS = 0.1  # of measuring the machine, before and after each case
 ROOM = 0.8  # of the free memory that a contestant may take
 TIMEOUT = 300.0  # seconds that a rank may be late
 
@@ -38,20 +37,22 @@ class Limits:
     """How long things may take, in seconds.
 
     Attributes:
+        peak: measuring what the machine can do, before and after each case, each of three rates.
         rounds: all rounds of a case.
         slow: a call above this is timed once, and not in every round.
         endless: a call predicted to take longer is not made.
     """
 
+    peak: float
     rounds: float
     slow: float
     endless: float
 
 
 LIMITS = {
-    "quick": Limits(rounds=0.6, slow=0.25, endless=2.0),
-    "full": Limits(rounds=2.5, slow=2.0, endless=10.0),
-    "tiny": Limits(rounds=0.1, slow=1.0, endless=10.0),
+    "quick": Limits(peak=0.05, rounds=0.4, slow=0.2, endless=1.5),
+    "full": Limits(peak=0.1, rounds=1.2, slow=0.8, endless=6.0),
+    "tiny": Limits(peak=0.05, rounds=0.1, slow=1.0, endless=10.0),
 }
 
 
@@ -129,7 +130,7 @@ def measure(case: Case, limits: Limits) -> Measured:
     index, weights = Router(built.weights.router, top_k=case.shape.top_k, normalize=case.shape.normalize)(rows)
     _check_routing(case, group.rank, index)
 
-    before = _machine(group, case)
+    before = _machine(group, case, limits)
     absent = dict(built.absent)
     calls: dict[str, Callable[[], Tensor]] = {}
     for contestant in built.contestants:
@@ -150,7 +151,7 @@ def measure(case: Case, limits: Limits) -> Measured:
     errors = _errors(case, built.weights, rows, outputs)
     del outputs
     seconds = _rounds(group, calls, first, limits)
-    after = _machine(group, case)
+    after = _machine(group, case, limits)
     widths = built.experts.plan.columns[group.rank]
     return Measured(
         seconds,
@@ -282,10 +283,10 @@ def free_memory() -> int:
         return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
 
 
-def _machine(group: Group, case: Case) -> tuple[float, float]:
+def _machine(group: Group, case: Case, limits: Limits) -> tuple[float, float]:
     """What this rank's threads can do while all ranks try: flops/s for the dtype, bytes/s."""
     group.barrier()
-    flops, dots, read = _core.measure_machine(PEAK_SECONDS)
+    flops, dots, read = _core.measure_machine(limits.peak)
     return dots if case.build.dtype == "bfloat16" and dots else flops, read
 
 

@@ -51,9 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     out = parser.add_argument_group("what comes out")
     out.add_argument("--all", action="store_true", help="also the layouts that were considered")
-    out.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the plan; moeshard.planner.ModelPlan.load reads it"
-    )
+    out.add_argument("--json", type=Path, metavar="FILE", help="write the plan; moeshard.ModelPlan.load reads it")
     out.add_argument("--plot", type=Path, metavar="FILE", help="draw the alternatives")
     out.add_argument("--map", type=Path, metavar="FILE", help="draw where the best layout changes (needs matplotlib)")
     simulated = parser.add_argument_group("on paper")

@@ -211,6 +211,8 @@ def _plan_layer(
         others = [_alternative(candidate, shape.num_experts) for candidate in candidates]
         return columns, copies, others, others[chosen], proven
 
+    if layout == "hot_copied" and not ranks_of.copies:
+        raise _core.ArgumentError(f"layout: the engine on {ranks_of.name} does not run copies of experts")
     every = ALL if ranks_of.copies else ALL & ~COPIED
     if layout == "auto":
         columns, copies, others, taken, proven = search(every)
@@ -307,6 +309,8 @@ def _why(
         return f"{text}; no other layout fits into memory."
     if taken.kind == "shard":
         rival = next((other for other in rivals if other.kind in ("balanced", "expert_parallel")), rivals[0])
+    if rival.times.total < 1.005 * taken.times.total:
+        return f"{text}; {rival.layout} would take as long, and depends on the routing."
     gains = {step: getattr(rival.times, step) - getattr(taken.times, step) for step in STEPS}
     step = max(gains, key=lambda name: gains[name])
     loss = min(gains, key=lambda name: gains[name])

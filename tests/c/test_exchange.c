@@ -466,7 +466,7 @@ static void test_halves_for_other_transports(void) {
       const float *parts[R];
       for (int32_t from = 0; from < R; from++)
         parts[from] = b[from]->partial + (s.replicated ? 0 : b[r]->first[r] * s.D);
-      CHECK_OK(ms_combine_ranks(b[r], parts, R, NULL, &err), err);
+      CHECK_OK(ms_combine_ranks(b[r], parts, R, false, NULL, &err), err);
       check_combined(k[r].out, &s, R, &k[r].t, s.T[r]);
     }
     for (int32_t r = 0; r < R; r++) {
@@ -501,7 +501,7 @@ static void test_halves_refuse_bad_arguments(void) {
   CHECK_OK(ms_gather_from(b, 0, 1, alone, k.t.hidden, k.t.index, k.t.weight, &err), err);
   CHECK_STATUS(ms_combine_choices(b, NULL, &err), MS_EINVAL, err);
   CHECK_TEXT(err.msg, "ffn has not run");
-  CHECK_STATUS(ms_combine_ranks(b, parts, 0, NULL, &err), MS_EINVAL, err);
+  CHECK_STATUS(ms_combine_ranks(b, parts, 0, false, NULL, &err), MS_EINVAL, err);
   end_call(&k);
   ms_batch_free(b);
 }
@@ -540,6 +540,10 @@ static void test_header_check_names_field_ranks_and_values(void) {
   CHECK_STATUS(ms_header_check(h, 2, &err), MS_EMISMATCH, err);
   CHECK_TEXT(err.msg, "the number of the call is 4 on rank 0 but 5 on rank 1");
   CHECK_STATUS(ms_header_check(h, 2, NULL), MS_EMISMATCH, err);
+  h[1] = model;
+  h[1].layout = 0xabc;
+  CHECK_STATUS(ms_header_check(h, 2, &err), MS_EMISMATCH, err);
+  CHECK_TEXT(err.msg, "(its digest) is 0000000000000000 on rank 0 but 0000000000000abc on rank 1");
   CHECK_STATUS(ms_header_check(h, 0, &err), MS_EINVAL, err);
 }
 

@@ -2,6 +2,7 @@
 """Layers on the CUDA engine against float64 and the CPU engine: a program, since ptxsim reads its settings once.
 
     python layer_cases.py [NAME...]      all cases, or those whose names contain one of the NAMEs
+    python layer_cases.py --aligned      layers whose rows are whole lines of memory and fill their tiles (counters.py)
 
 Every element is held to a bound of its own, computed beside the float64 reference: what the dtype's roundings and the
 order of fp32 sums may do to it. With t the relative error of a sum in terms of its absolute terms and u the rounding of
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 import simdev
 import torch
-from reference import ACTIVATIONS
+from reference import ACTIVATIONS, KINDS
 
 import moeshard
 
@@ -45,7 +46,9 @@ class Case:
     activation: str = "relu"
     gated: bool = False
     bias: bool = False
-    routing: str = "random"  # "one": expert 0 takes all; "dropped": a third of the slots are -1; "none": all are
+    routing: str = (
+        "random"  # "one": expert 0 takes all; "dropped": a third of the slots are -1; "none": all are; "even"
+    )
     seed: int = 0
 
 
@@ -58,7 +61,7 @@ CASES = [
     *(dataclasses.replace(BASE, name=f"{e}-experts-top{k}", experts=e, choices=k, tokens=40, bias=True)
       for e, k in ((1, 1), (3, 2), (8, 1), (8, 2), (8, 4), (64, 1), (64, 4))),
     *(dataclasses.replace(BASE, name=f"{a}{'-gated' if g else ''}", activation=a, gated=g, bias=True, tokens=20)
-      for a in ("identity", "relu", "gelu", "gelu_tanh", "silu") for g in (False, True)),
+      for a, g in KINDS),
     *(dataclasses.replace(BASE, name=f"{d}-{r}", dtype=d, routing=r, experts=8, choices=2, tokens=70, bias=True)
       for d in ("bfloat16", "float16") for r in ("one", "dropped", "none")),
     *(dataclasses.replace(BASE, name=f"float16-{a}", dtype="float16", activation=a, gated=g, choices=2, tokens=33)
@@ -73,6 +76,22 @@ CASES = [
     dataclasses.replace(BASE, name="tile-128", tokens=300, experts=1, d_model=64, d_ff=64),
     dataclasses.replace(BASE, name="tile-128-ragged", tokens=257, experts=1, d_model=96, d_ff=72, gated=True,
                         bias=True),
+    dataclasses.replace(BASE, name="tile-128-clamped", tokens=150, experts=1, d_ff=72, gated=True, bias=True,
+                        activation="clamped_swiglu"),
+    dataclasses.replace(BASE, name="float32-clamped", dtype="float32", tokens=20, d_model=32, d_ff=37, gated=True,
+                        bias=True, activation="clamped_swiglu"),
+]  # fmt: skip
+
+
+# Every kernel that a layer on one rank may launch, at its best. Choices are dealt out evenly, so that tiles are full.
+ALIGNED = [
+    Case(f"aligned-{t}-{dtype}{'-gated' * gated}-top{k}", tokens=t, d_model=d, d_ff=f, experts=e, choices=k,
+         dtype=dtype, gated=gated, routing="even", activation="silu" if gated else "relu", bias=True)
+    for dtype, sizes in (("bfloat16", ((256, 1, 256), (192, 3, 256), (64, 4, 256))), ("float16", ((256, 1, 256),)),
+                         ("float32", ((128, 1, 128), (64, 1, 128), (32, 2, 128))))
+    for t, e, width in sizes
+    for d, f in ((width, width),)
+    for gated, k in ((False, 1), (True, 2))
 ]  # fmt: skip
 
 
@@ -88,13 +107,15 @@ def inputs(case: Case) -> dict[str, torch.Tensor | None]:
     index = torch.randint(0, E, (T, K), generator=seed)
     if case.routing == "one":
         index[:] = 0
+    elif case.routing == "even":
+        index = torch.arange(T * K).view(T, K) % E
     elif case.routing == "dropped":
         index[torch.rand((T, K), generator=seed) < 1 / 3] = -1
     elif case.routing == "none":
         index[:] = -1
     rows = 2 * F if case.gated else F
     return {
-        "hidden": normal(T, D),
+        "hidden": normal(T, D, scale=6.0 if case.activation == "clamped_swiglu" else 1.0),  # beyond its clamps too
         "index": index.int() if case.seed % 2 else index,
         "weights": torch.rand((T, K), generator=seed).to(torch.float32 if T % 2 else dtype),
         "w_in": normal(E, rows, D, scale=D**-0.5),
@@ -129,6 +150,8 @@ def reference(case: Case, given: dict[str, torch.Tensor | None]) -> tuple[np.nda
         error = t_in * terms
         if case.gated:
             gate, up, gate_error, up_error = (*np.split(up, 2, axis=1), *np.split(error, 2, axis=1))
+            if case.activation == "clamped_swiglu":
+                up = np.clip(up, -7, 7) + 1
             h = act(gate) * up
             # An activation in fp32 is right to some units of its argument's last place.
             gate_error = SLOPE * gate_error + 8 * 2.0**-24 * (np.abs(gate) + 1)
@@ -182,7 +205,11 @@ def run(case: Case) -> str | None:
 
 def main(names: list[str]) -> int:
     """Run, print a line per case, and return how many failed."""
-    cases = [case for case in CASES if not names or any(name in case.name for name in names)]
+    if names == ["--aligned"]:
+        names, everything = [], ALIGNED
+    else:
+        everything = CASES
+    cases = [case for case in everything if not names or any(name in case.name for name in names)]
     failures = 0
     for seed, case in enumerate(cases):
         try:

@@ -133,6 +133,52 @@ def test_a_weight_that_is_not_finite_is_raised_by_the_next_call_at_the_latest(_c
         engine.forward(packed, **call)
 
 
+def test_slots_are_counted_on_the_device_and_forgotten_when_asked(_cuda, packed, call, simdev):
+    engine, index = _cuda.Engine(0), np.array([[0, 1], [1, 1], [-1, 2], [-1, -1], [1, 0]], np.int32)
+    for _ in range(3):
+        engine.forward(packed, **{**call, "top_k_index": simdev.to_device(index)})
+    assert packed.seen().tolist() == [6, 12, 3, 30]
+    with pytest.raises(moeshard.RangeError):
+        engine.forward(packed, **{**call, "top_k_index": simdev.to_device(np.full((T, K), E, np.int32))})
+        engine.faults()
+    assert packed.seen(forget=True).tolist() == [6, 12, 3, 30]
+    assert packed.seen().tolist() == [0, 0, 0, 0]
+
+
+def test_a_fault_makes_out_nan(_cuda, packed, call, simdev):
+    engine, out = _cuda.Engine(0), call["out"].fill_bytes(0)
+    with pytest.raises(moeshard.RangeError):
+        engine.forward(packed, **{**call, "top_k_index": simdev.to_device(np.full((T, K), -2, np.int32))})
+        engine.faults()
+    assert out.torch().isnan().all()
+
+
+def test_recorded_calls_tell_when_their_steps_began_and_what_came_in(_cuda, packed, call):
+    engine = _cuda.Engine(0)
+    engine.forward(packed, **call)  # not recorded
+    assert engine.stop_recording() == []
+    engine.start_recording()
+    engine.start_recording()
+    engine.forward(packed, **call, layer=7)
+    engine.stamp(call["hidden_states"])
+    engine.forward(packed, **call, layer=8)
+    first, second = engine.stop_recording()
+    assert first[:4] == (7, T, K, "bfloat16") and second[:4] == (8, T, K, "bfloat16")
+    for layer, tokens, choices, dtype, block, begin, steps, seen in (first, second):  # noqa: B007
+        assert np.isnan(block) if layer == 7 else 0 < block <= begin
+        assert len(steps) == 5 and min(steps) >= 0 < steps[3] and steps[1] == 0  # nothing travels
+        assert seen.tolist() == [T * K, 0, 0, T * K]
+    assert second[5] >= first[5] + sum(first[6]) * 0.999
+    engine.forward(packed, **call)
+    assert engine.stop_recording() == []
+
+
+def test_int8_weights_are_refused_on_cuda(simdev):
+    weights = simdev.empty((E, F, D), "float32"), simdev.empty((E, D, F), "float32")
+    with pytest.raises(moeshard.DTypeError, match="dtype: int8 weights are for CPUs so far"):
+        moeshard.pack(*weights, dtype="int8")
+
+
 def test_an_engine_belongs_to_one_thread_at_a_time(_cuda, packed, call):
     engine, failures = _cuda.Engine(0), []
 

@@ -22,11 +22,6 @@ bool check_any(const layer &l) {
 
 // ---- time ---------------------------------------------------------------------------------------------------------
 
-double median(std::vector<float> times) {
-  std::sort(times.begin(), times.end());
-  return times[times.size() / 2];
-}
-
 // What the kernels must move at least: the weights of experts that have rows, hidden, H and the slots.
 double bytes_up(const layer &l, const operands &o, double size) {
   std::vector<char> hit((size_t)l.E);
@@ -164,6 +159,12 @@ const layer CASES[] = {
      MS_BF16, EVEN, MS_CUDA_MMA},
     {"narrow experts, 16 rows", 12, 1, 64, 64, 4, 1, 16, false, true, true, MS_RELU, MS_BF16, EVEN,
      MS_CUDA_MMA},
+    {"16 rows, clamped", 15, 1, 104, 75, 2, 1, 16, true, true, false, MS_CLAMPED_SWIGLU, MS_BF16,
+     EVEN, MS_CUDA_MMA},
+    {"128 rows, clamped", 100, 1, 96, 72, 1, 1, 128, true, true, false, MS_CLAMPED_SWIGLU, MS_F16,
+     EVEN, MS_CUDA_MMA},
+    {"fma, clamped", 20, 1, 96, 37, 1, 1, 64, true, true, false, MS_CLAMPED_SWIGLU, MS_F32, EVEN,
+     MS_CUDA_FMA},
     {"tf32, 16 rows, many steps", 17, 1, 320, 320, 1, 1, 16, false, true, false, MS_GELU, MS_F32,
      ONE, MS_CUDA_TF32},
     {"tf32, 64 rows, odd sizes, gated", 65, 1, 37, 75, 2, 1, 64, true, true, true, MS_SILU, MS_F32,
@@ -218,6 +219,7 @@ const layer TIMED[] = {
 
 int main(int argc, char **argv) {
   bool ok = true;
+  ffn = {ms_cuda_ffn_up, ms_cuda_ffn_down, 1}; // few blocks: each goes from item to item
   if (argc == 3 && !strcmp(argv[1], "--repeat"))
     ok = repeat(atoi(argv[2]));
   else if (argc >= 2 && !strcmp(argv[1], "--time"))

@@ -81,10 +81,10 @@ class Layer:
             kept[chunks] = cuda.CudaEngine(group, group.rank, chunks=chunks)
         self.engine = group._engine = kept[chunks]
 
-    def enqueue(self, tokens, **change):
-        """A call with this rank's share of the tokens; the tensor that it writes."""
+    def enqueue(self, tokens, replicated=False, **change):
+        """A call with this rank's share of the tokens, or with all; the tensor that it writes."""
         make = device_rows()
-        first = sum(tokens[: self.group.rank])
+        first = 0 if replicated else sum(tokens[: self.group.rank])
         own = slice(first, first + tokens[self.group.rank])
         given = {**self.given, **change}
         hidden, index, weights = (
@@ -95,7 +95,7 @@ class Layer:
         with self.group.call():
             with self.engine.checking():
                 pass
-            self.engine.forward(self.packed, hidden, index, weights, out, layer=self.number)
+            self.engine.forward(self.packed, hidden, index, weights, out, layer=self.number, replicated=replicated)
         return out
 
     def forward(self, tokens, **change):
@@ -164,6 +164,62 @@ def test_chunks_do_not_change_a_bit(cuda_workers, ranks):
     case = case_of(tokens)
     whole, *others = (check(cuda_workers, ranks, case, tokens, chunks=chunks) for chunks in (1, 2, 3))
     assert all(torch.equal(bits(whole), bits(other)) for other in others)
+
+
+def replicated(group, case, chunks):
+    """All ranks have all tokens. Also the slots that were counted."""
+    layer = Layer(group, case, chunks=chunks)
+    found = [layer.forward([case.tokens] * group.size, replicated=True) for _ in range(2)]
+    assert torch.equal(bits(found[0]), bits(found[1])), "other bits on a repeated call"
+    return found[0], layer.packed.seen(forget=True).tolist(), layer.packed.seen().tolist()
+
+
+@pytest.mark.parametrize(("ranks", "chunks"), [(1, 1), (2, 1), (2, 3), (3, 2), (4, 1)])
+def test_replicated_tokens_give_every_rank_the_whole_result_and_are_counted_once(cuda_workers, ranks, chunks):
+    from layer_cases import inputs, reference
+
+    case = case_of([23], bias=True, gated=ranks == 3, dtype="float16" if ranks == 2 else "bfloat16")
+    expected, bound = reference(case, given := inputs(case))
+    whole, *others = on_ranks(cuda_workers, ranks, replicated, case, chunks)
+    assert (np.abs(whole[0].double().numpy() - expected) <= bound).all()
+    assert all(torch.equal(bits(whole[0]), bits(out)) for out, *_ in others)
+    index = given["index"].numpy()
+    counts = [2 * int((index == expert).sum()) for expert in range(case.experts)]  # in two calls
+    for _, seen, after in (whole, *others):
+        assert seen == [*counts, 2 * index.size] and not any(after)
+
+
+def not_the_same(group, case):
+    """Rank 1's router chose otherwise: found by the device, in a digest."""
+    layer = Layer(group, case)
+    other = layer.given["index"].clone()
+    if group.rank == 1:
+        other[5, 0] = (other[5, 0] + 1) % case.experts
+    out, said = layer.enqueue([case.tokens] * group.size, replicated=True, index=other), None
+    try:
+        layer.engine._engine.faults()
+    except moeshard.RankMismatch as error:
+        said = str(error)
+    return said, bool(out.torch().isnan().all()), layer.packed.seen().tolist()
+
+
+def test_replicated_tokens_that_differ_are_found_and_make_nan(cuda_workers):
+    case = case_of([8], routing="random")
+    first, second = on_ranks(cuda_workers, 2, not_the_same, case)
+    assert first == second and "digest" in first[0] and first[1] and not any(first[2])
+
+
+def not_even_as_many(group, case):
+    layer = Layer(group, case)
+    try:
+        layer.forward([case.tokens, case.tokens - 1], replicated=True)
+    except moeshard.RankMismatch as error:
+        return str(error)
+
+
+def test_replicated_tokens_are_as_many_on_every_rank(cuda_workers):
+    first, second = on_ranks(cuda_workers, 2, not_even_as_many, case_of([8]))
+    assert first == second and "replicated tokens T is 8 on rank 0 but 7 on rank 1" in first
 
 
 def several_calls(group, case):
@@ -285,35 +341,49 @@ def station(group, monkeypatch):
         with layer.group.call():
             with engine.checking():
                 *there, out = (make(tensor.shape, tensor.dtype).copy_(tensor) for tensor in (*rows, rows[0]))
-            engine.forward(layer.packed, *there, out, layer=layer.layer)
+            engine.forward(layer.packed, *there, out, layer=layer.layer, replicated=layer.replicated)
         return out.torch().view(hidden.shape)
 
     monkeypatch.setattr(api, "_site", on_device)
     monkeypatch.setattr(moeshard.ShardedExperts, "forward", forward)
 
 
-def sharded_model(group):
+def sharded_model(group, tokens):
     import simdev
     from switch_models import batch, compare, run, switch_model
 
     simdev.set_device(group.rank)
     Layer(group, case_of([1]))  # the engine that the other tests use
-    inputs = batch(2 + group.rank, 5, seed=group.rank)
+    inputs = batch(3, 5, seed=1) if tokens == "replicated" else batch(2 + group.rank, 5, seed=group.rank)
     model, whole = switch_model("encoder", num_experts=3), switch_model("encoder", num_experts=3)
     with pytest.MonkeyPatch.context() as patch:
         station(group, patch)
-        model = moeshard.shard(model, group=group, progress=False)
-        difference, flips = compare(run(whole, inputs), run(model, inputs))
+        model = moeshard.shard(model, group=group, tokens=tokens, progress=False)
+        with moeshard.profile(model, limits=False) as profile:
+            difference, flips = compare(run(whole, inputs), run(model, inputs))
+        found = moeshard.report(model)
         model = moeshard.unshard(model)
     pairs = zip(model.state_dict().values(), whole.state_dict().values(), strict=True)
-    return difference, flips, all(torch.equal(bits(one), bits(other)) for one, other in pairs)
+    same = all(torch.equal(bits(one), bits(other)) for one, other in pairs)
+    # The CPU engine counts the same.
+    model = moeshard.shard(model, group=group, tokens=tokens, progress=False)
+    with moeshard.profile(model, limits=False) as on_cpu:
+        run(model, inputs)
+    for layer, other in zip(found.layers, moeshard.report(model).layers, strict=True):
+        assert layer.slots == other.slots > 0 and layer.histogram.tolist() == other.histogram.tolist()
+    return difference, flips, same, profile, on_cpu
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_sharded_encoder_equals_the_whole_one_and_comes_back_bit_for_bit(cuda_workers, ranks):
-    for difference, flips, same in on_ranks(cuda_workers, ranks, sharded_model):
+@pytest.mark.parametrize(("ranks", "tokens"), [(1, "local"), (2, "local"), (2, "replicated")])
+def test_a_sharded_encoder_equals_the_whole_one_and_comes_back_bit_for_bit(cuda_workers, ranks, tokens):
+    for difference, flips, same, profile, on_cpu in on_ranks(cuda_workers, ranks, sharded_model, tokens):
         assert difference < 1e-5 and not flips
         assert same
+        assert len(profile.rows) == len(on_cpu.rows)
+        for row, other in zip(profile.rows, on_cpu.rows, strict=True):
+            for fact in ("layer", "rank", "calls", "tokens", "flops", "bytes", "share_of_work"):
+                assert getattr(row, fact) == getattr(other, fact), fact
+            assert min(row.seconds.values()) >= 0 < row.seconds["ffn"]
 
 
 def survive(victim, case, reserve):

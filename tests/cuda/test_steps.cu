@@ -107,15 +107,16 @@ struct layer {
   routing route;
   ms_dtype dtype = MS_BF16, index_dtype = MS_I64, weight_dtype = MS_F32;
   int32_t misaligned = 0; // elements that hidden lies past a multiple of 16 bytes
-  bool in_place = false;
+  bool in_place = false, replicated = false;
 };
 
 const char *const routing_names[] = {"even", "skewed", "one expert", "holes", "no expert"};
 
 std::string name_of(const layer &l) {
   char text[160];
-  snprintf(text, sizeof text, "R=%d T=%d D=%d K=%d E=%d %s %s%s%s", l.R, l.T, l.D, l.K, l.E, ms_dtype_name(l.dtype),
-           routing_names[l.route], l.misaligned ? " misaligned" : "", l.in_place ? " in place" : "");
+  snprintf(text, sizeof text, "R=%d T=%d D=%d K=%d E=%d %s %s%s%s%s", l.R, l.T, l.D, l.K, l.E, ms_dtype_name(l.dtype),
+           routing_names[l.route], l.misaligned ? " misaligned" : "", l.in_place ? " in place" : "",
+           l.replicated ? " replicated" : "");
   return text;
 }
 
@@ -130,7 +131,9 @@ int32_t choice(const layer &l, uint64_t seed, int64_t slot) {
   }
 }
 
-int64_t tokens_of(const layer &l, int32_t r) { return r == 0 ? l.T : std::max(0, l.T - 5 * r); } // ranks differ
+int64_t tokens_of(const layer &l, int32_t r) { // ranks differ
+  return r == 0 || l.replicated ? l.T : std::max(0, l.T - 5 * r);
+}
 
 // What one rank's router and model hand to the layer.
 struct rank_input {
@@ -144,6 +147,7 @@ struct rank_input {
 rank_input input_of(const layer &l, int32_t r, uint64_t seed) {
   rank_input in;
   in.tokens = tokens_of(l, r);
+  if (l.replicated) r = 0; // the same on all
   for (int64_t s = 0; s < (int64_t)l.T * l.K; s++) {
     bool absent = s >= in.tokens * l.K;
     int32_t e = absent ? -1 : choice(l, seed * 16 + (uint64_t)r, s);
@@ -157,6 +161,21 @@ rank_input input_of(const layer &l, int32_t r, uint64_t seed) {
   for (int64_t i = 0; i < in.tokens * l.D; i++)
     put(l.dtype, in.hidden, element(seed * 16 + (uint64_t)r + 5555, (uint64_t)i));
   return in;
+}
+
+// ms_digest_of in step2_gather.cuh, summed.
+uint64_t digest_of(const rank_input &in) {
+  uint64_t sum = 0;
+  for (size_t s = 0; s < in.expert.size(); s++) {
+    uint32_t bits;
+    memcpy(&bits, &in.weight[s], 4);
+    uint64_t x = (uint64_t)(uint32_t)in.expert[s] << 32 | bits;
+    x ^= s * 0x9e3779b97f4a7c15ull;
+    x = (x ^ (x >> 33)) * 0xff51afd7ed558ccdull;
+    x = (x ^ (x >> 33)) * 0xc4ceb9fe1a85ec53ull;
+    sum += x ^ (x >> 33);
+  }
+  return sum;
 }
 
 // A workspace, and what the host knows of it.
@@ -174,13 +193,15 @@ struct fixture {
     MUST(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
     shape.T = l.T, shape.R = l.R, shape.K = l.K, shape.E = l.E, shape.D = l.D, shape.F = 64;
     shape.dtype = l.dtype, shape.math = l.dtype == MS_F32 ? MS_CUDA_FMA : MS_CUDA_MMA, shape.sms = sms;
-    shape.in_place = l.in_place;
+    shape.in_place = l.in_place, shape.replicated = l.replicated;
     MUST_OK(ms_cuda_shape_plan(&shape, &err));
     size_t bytes = sizeof(ms_cuda_faults) + (size_t)l.R * sizeof(ms_cuda_header);
     MUST(cudaMallocHost((void **)&faults, bytes));
     memset(faults, 0, bytes);
     MUST(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     ms_cuda_experts experts = {};
+    experts.seen = (unsigned long long *)memory.take((l.E + 1) * 8);
+    MUST(cudaMemset(experts.seen, 0, (size_t)(l.E + 1) * 8));
     char *workspace = memory.take(shape.workspace_bytes);
     view = ms_cuda_view_of(&shape, &experts, workspace, nullptr, faults);
     MUST(cudaMemset(view.tickets, 0, 4 * MS_CUDA_TICKETS)); // as the engine does once
@@ -194,6 +215,7 @@ struct fixture {
   ms_cuda_header header(const layer &l, int64_t tokens) const {
     ms_cuda_header h = {};
     h.call = 17, h.layer = 3, h.T = tokens, h.D = l.D, h.K = l.K, h.E = l.E, h.dtype = (int32_t)l.dtype;
+    h.replicated = l.replicated;
     return h;
   }
 
@@ -223,9 +245,9 @@ void report(const std::string &name, const std::string &wrong) {
 }
 
 bool same(const ms_cuda_header &a, const ms_cuda_header &b) { // but for the padding
-  return a.call == b.call && a.layer == b.layer && a.T == b.T && a.first == b.first && a.D == b.D && a.K == b.K && a.E == b.E &&
-         a.dtype == b.dtype && a.replicated == b.replicated && a.fault == b.fault && a.fault_index == b.fault_index &&
-         a.fault_at == b.fault_at;
+  return a.call == b.call && a.digest == b.digest && a.layer == b.layer && a.T == b.T && a.first == b.first &&
+         a.D == b.D && a.K == b.K && a.E == b.E && a.dtype == b.dtype && a.replicated == b.replicated &&
+         a.fault == b.fault && a.fault_index == b.fault_index && a.fault_at == b.fault_at;
 }
 
 template <typename T>
@@ -251,6 +273,10 @@ std::string check_message(const layer &l, fixture &f, int32_t r, const rank_inpu
   const ms_cuda_shape &s = f.shape;
   const char *at = f.view.messages + r * s.message_bytes;
   ms_cuda_header expected = f.header(l, in.tokens), got = read<ms_cuda_header>(at, 1)[0];
+  if (l.replicated) {
+    expected.digest = digest_of(in);
+    at = f.view.messages;
+  }
   if (!same(got, expected)) return "the header is not what was given";
   SAME("expert", read<int32_t>(at + s.expert_at, s.T * l.K), in.expert);
   SAME("weight", read<float>(at + s.weight_at, s.T * l.K), in.weight);
@@ -320,7 +346,7 @@ std::string check_combine(const layer &l, fixture &f, const std::vector<int32_t>
   MUST(cudaDeviceSynchronize());
   ms_error err = {};
   MUST_OK(ms_cuda_combine(&f.shape, &f.view, tokens, out, f.stream, &err));
-  std::vector<float> own(sum.begin(), sum.begin() + tokens * l.D);
+  std::vector<float> own(sum.begin(), sum.begin() + tokens * l.D); // rank 0's
   if (l.R > 1) {
     f.wait();
     SAME("partial", read<float>(f.view.partial, s.N * l.D), sum);
@@ -333,16 +359,23 @@ std::string check_combine(const layer &l, fixture &f, const std::vector<int32_t>
 
 std::string check_steps(const layer &l) {
   fixture f(l);
+  std::vector<unsigned long long> seen((size_t)l.E + 1);
+  unsigned long long all = 0;
   for (uint64_t round = 1; round <= 2; round++) { // the second finds what the first left in the workspace
     std::vector<int32_t> expert;
     std::vector<rank_input> in;
     for (int32_t r = 0; r < l.R; r++) {
       in.push_back(input_of(l, r, round));
       f.pack(l, r, in.back(), f.header(l, in.back().tokens));
-      expert.insert(expert.end(), in.back().expert.begin(), in.back().expert.end());
+      if (r == 0 || !l.replicated) expert.insert(expert.end(), in.back().expert.begin(), in.back().expert.end());
     }
     f.group();
     f.wait();
+    for (int32_t e : expert) seen[(size_t)(e < 0 ? l.E : e)]++;
+    for (int32_t r = 0; r < (l.replicated ? 1 : l.R); r++) all += (unsigned long long)(tokens_of(l, r) * l.K);
+    std::vector<unsigned long long> expected(seen.begin(), seen.end());
+    expected.back() = all;
+    SAME("seen", read<unsigned long long>(f.view.seen, l.E + 1), expected);
     for (int32_t r = 0; r < l.R; r++)
       if (std::string wrong = check_message(l, f, r, in[(size_t)r]); !wrong.empty()) return wrong;
     if (std::string wrong = check_group(l, f, expert); !wrong.empty()) return wrong;
@@ -354,8 +387,10 @@ std::string check_steps(const layer &l) {
 // ---- faults --------------------------------------------------------------------------------------------------------
 
 // `spoil` makes rank 1 of 3 wrong, in its routing or in its header; `expected` is then rank 1's header.
-template <typename Spoil> void check_fault(const char *name, int32_t E, int32_t T, Spoil spoil) {
+template <typename Spoil>
+void check_fault(const char *name, int32_t E, int32_t T, Spoil spoil, bool replicated = false) {
   layer l = {3, T, 16, 2, E, HOLES};
+  l.replicated = replicated;
   fixture f(l);
   ms_cuda_header expected = {};
   for (int32_t r = 0; r < l.R; r++) {
@@ -363,6 +398,7 @@ template <typename Spoil> void check_fault(const char *name, int32_t E, int32_t 
     ms_cuda_header given = f.header(l, in.tokens);
     expected = given;
     if (r == 1) spoil(in, given, expected);
+    if (given.replicated) expected.digest = digest_of(in);
     f.pack(l, r, in, given);
     if (r == 1) {
       f.wait();
@@ -372,7 +408,17 @@ template <typename Spoil> void check_fault(const char *name, int32_t E, int32_t 
   }
   f.group();
   f.wait();
-  if (read<int32_t>(f.view.tile_count, 1)[0] != 0) return report(name, "there are tiles");
+  if (read<int32_t>(f.view.tile_count, 1)[0] != -1) return report(name, "there are tiles");
+  for (unsigned long long count : read<unsigned long long>(f.view.seen, E + 1))
+    if (count) return report(name, "slots of a call with a fault were counted");
+  MUST(cudaMemset(f.view.slot, 0, (size_t)(f.shape.slots * l.D) * 4));
+  MUST(cudaMemset(f.view.partial, 0, (size_t)(f.shape.N * l.D) * 4));
+  MUST(cudaDeviceSynchronize());
+  ms_error err = {};
+  MUST_OK(ms_cuda_combine(&f.shape, &f.view, T, nullptr, f.stream, &err));
+  f.wait();
+  for (float x : read<float>(f.view.partial, f.shape.N * l.D))
+    if (!std::isnan(x)) return report(name, "an output of a call with a fault is not NaN");
   if (!f.faults->found) return report(name, "the host was not told");
   for (int32_t r = 0; r < l.R; r++) {
     ms_cuda_header gathered = read<ms_cuda_header>(f.view.messages + r * f.shape.message_bytes, 1)[0];
@@ -384,13 +430,17 @@ template <typename Spoil> void check_fault(const char *name, int32_t E, int32_t 
   for (int32_t r = 0; r < l.R; r++) {
     rank_input in = input_of(l, r, 2);
     f.pack(l, r, in, f.header(l, in.tokens));
-    expert.insert(expert.end(), in.expert.begin(), in.expert.end());
+    if (r == 0 || !l.replicated) expert.insert(expert.end(), in.expert.begin(), in.expert.end());
   }
   f.group();
   f.wait();
   report(name, check_group(l, f, expert));
 }
 
+void shorten(rank_input &in, int32_t K) { // by a token, which is absent then
+  for (int32_t j = 0; j < K; j++) in.expert[in.expert.size() - 1 - (size_t)j] = -1;
+  for (int32_t j = 0; j < K; j++) in.weight[in.weight.size() - 1 - (size_t)j] = 0.f;
+}
 void set_weight(rank_input &in, size_t slot, float x) { memcpy(in.weights.data() + slot * 4, &x, 4); }
 
 void check_faults() {
@@ -410,21 +460,64 @@ void check_faults() {
       check_fault("an index of -2", E, T, bad_index(-2, -2));
       check_fault("an index that int32 cannot hold", E, T, bad_index(int64_t(1) << 32, INT32_MAX));
       for (float x : {(float)NAN, (float)INFINITY, -(float)INFINITY})
-        check_fault("a weight that is not finite", E, T, [=](rank_input &in, ms_cuda_header &, ms_cuda_header &expected) {
-          in.index[9] = in.index[60] = 2;
-          set_weight(in, 9, x);
-          set_weight(in, 60, x);
-          expected.fault = MS_CUDA_BAD_WEIGHT, expected.fault_at = 9, expected.fault_index = 2;
-        });
+        check_fault("a weight that is not finite", E, T,
+                    [=](rank_input &in, ms_cuda_header &, ms_cuda_header &expected) {
+                      in.index[9] = in.index[60] = 2;
+                      set_weight(in, 9, x);
+                      set_weight(in, 60, x);
+                      expected.fault = MS_CUDA_BAD_WEIGHT, expected.fault_at = 9, expected.fault_index = 2;
+                    });
       check_fault("another call", E, T, [](rank_input &, ms_cuda_header &h, ms_cuda_header &x) { x.call = ++h.call; });
-      check_fault("another layer", E, T, [](rank_input &, ms_cuda_header &h, ms_cuda_header &x) { x.layer = ++h.layer; });
-      check_fault("another dtype", E, T, [](rank_input &, ms_cuda_header &h, ms_cuda_header &x) { x.dtype = ++h.dtype; });
+      check_fault("another layer", E, T,
+                  [](rank_input &, ms_cuda_header &h, ms_cuda_header &x) { x.layer = ++h.layer; });
+      check_fault("another dtype", E, T,
+                  [](rank_input &, ms_cuda_header &h, ms_cuda_header &x) { x.dtype = ++h.dtype; });
       check_fault("another D", E, T, [](rank_input &, ms_cuda_header &h, ms_cuda_header &x) { x.D = ++h.D; });
       check_fault("another E", E, T, [](rank_input &, ms_cuda_header &h, ms_cuda_header &x) { x.E = ++h.E; });
       check_fault("another K", E, T, [](rank_input &, ms_cuda_header &h, ms_cuda_header &x) { x.K = ++h.K; });
       check_fault("replicated", E, T,
                   [](rank_input &, ms_cuda_header &h, ms_cuda_header &x) { x.replicated = h.replicated = 1; });
     }
+  for (int32_t T : {40, 5000}) {
+    check_fault("replicated: another number of tokens", 8, T,
+                [](rank_input &in, ms_cuda_header &h, ms_cuda_header &x) { x.T = --h.T, in.tokens--, shorten(in, 2); },
+                true);
+    check_fault("replicated: other choices", 8, T,
+                [](rank_input &in, ms_cuda_header &, ms_cuda_header &) {
+                  in.index[4] = in.expert[4] = 1, in.index[5] = in.expert[5] = 2;
+                  in.weight[4] = in.weight[5] = 0.5f;
+                  set_weight(in, 4, 0.5f), set_weight(in, 5, 0.5f);
+                },
+                true);
+    check_fault("replicated: another weight", 8, T,
+                [](rank_input &in, ms_cuda_header &, ms_cuda_header &) {
+                  in.index[4] = in.expert[4] = 1;
+                  in.weight[4] = 3.f;
+                  set_weight(in, 4, 3.f);
+                },
+                true);
+  }
+}
+
+// A shape whose rows kernels could not reach is refused; one that just fits is not.
+void check_reach() {
+  auto as_expected = [](int64_t T, int64_t D, int64_t F, int32_t K, int32_t R, bool in_place, const char *text) {
+    ms_cuda_shape s = {};
+    s.T = T, s.R = R, s.K = K, s.E = 8, s.D = D, s.F = F, s.dtype = MS_BF16, s.math = MS_CUDA_MMA, s.sms = 100;
+    s.in_place = in_place;
+    ms_error err = {};
+    ms_status status = ms_cuda_shape_plan(&s, &err);
+    return text ? status == MS_ESHAPE && strstr(err.msg, text) != nullptr : status == MS_OK;
+  };
+  const int64_t M = 1 << 20;
+  bool ok = as_expected(4 * M, 8192, 64, 1, 1, true, nullptr) &&                  // 64 GiB of hidden states in place
+            as_expected(4 * M + 1, 8192, 64, 1, 1, true, "68719493120 bytes") &&  // a token more
+            as_expected(4 * M, 8192, 64, 1, 1, false, "bytes of hidden states") && // with header and routing
+            as_expected(M, 8192, 64, 1, 4, false, "bytes of hidden states") &&     // of 4 ranks
+            as_expected(M, 64, 8192, 4, 1, true, nullptr) &&                      // 64 GiB of H
+            as_expected(M + 1, 64, 8192, 4, 1, true, "between the two matrices") &&
+            as_expected(int64_t(1) << 32, 8, 8, 0, 1, true, "tokens");
+  report("shapes that kernels do not reach are refused", ok ? "" : "not so");
 }
 
 // ---- time ----------------------------------------------------------------------------------------------------------
@@ -470,7 +563,7 @@ void time_steps() {
   for (int32_t slots : {120, 4096, 65536})
     for (int32_t E : {8, 128, 2048})
       for (int32_t K : {1, 2}) {
-        double us[4];
+        double us[4] = {0};
         int32_t rows = 0;
         std::string wrong;
         for (bool in_place : {true, false}) {
@@ -481,12 +574,14 @@ void time_steps() {
           f.pack(l, 0, in, f.header(l, l.T));
           f.wait();
           ms_cuda_header header = f.header(l, l.T);
-          char *hidden = f.memory.copy(in.hidden), *index = f.memory.copy(in.index), *weight = f.memory.copy(in.weights);
+          char *hidden = f.memory.copy(in.hidden), *index = f.memory.copy(in.index),
+               *weight = f.memory.copy(in.weights);
           char *out = f.memory.take(2 * (int64_t)in.hidden.size());
           MUST(cudaDeviceSynchronize());
           us[in_place ? 0 : 1] = microseconds(f.stream, [&] {
             ms_error err = {};
-            MUST_OK(ms_cuda_gather_pack(&f.shape, &f.view, &header, hidden, index, MS_I64, weight, MS_F32, f.stream, &err));
+            MUST_OK(
+                ms_cuda_gather_pack(&f.shape, &f.view, &header, hidden, index, MS_I64, weight, MS_F32, f.stream, &err));
           });
           if (!in_place) continue;
           us[2] = microseconds(f.stream, [&] { f.group(); });
@@ -554,6 +649,9 @@ const layer layers[] = {
     {3, 64, 36, 1, 64, HOLES, MS_F32},
     {3, 70, 37, 4, 8, HOLES, MS_BF16},
     {3, 4, 32, 2, 8, EVEN, MS_BF16}, // ranks 1 and 2 have no tokens
+    {3, 50, 37, 2, 8, HOLES, MS_BF16, MS_I64, MS_F32, 0, false, true},
+    {2, 50, 64, 1, 8, HOLES, MS_F32, MS_I64, MS_F32, 0, true, true},
+    {2, 3000, 8, 3, 64, HOLES, MS_F16, MS_I64, MS_BF16, 0, false, true},
     // sorted by many blocks
     {1, 4099, 8, 2, 8, SKEWED, MS_BF16},
     {1, 9000, 8, 1, 64, HOLES, MS_BF16},
@@ -576,6 +674,7 @@ int main(int argc, char **argv) {
     for (const layer &l : layers)
       if (argc < 2 || name_of(l).find(argv[1]) != std::string::npos) report(name_of(l), check_steps(l));
     if (argc < 2) check_faults();
+    if (argc < 2) check_reach();
   }
   printf(failures ? "%d FAILED\n" : "all ok\n", failures);
   return failures != 0;
