@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import family_models
 import pytest
 from doc_blocks import Block, blocks_of, program
 from test_demo import checkpoint
@@ -27,7 +28,11 @@ ROOMS = [
 NAME = re.compile(r'from_pretrained\((?:[\w.]+, )?"([\w-]+/[\w.-]+)"')  # of a checkpoint on the hub
 
 # What lies in the folder of a page under the names of the hub's checkpoints: small ones, with seeded weights.
-CHECKPOINTS = {"google/switch-base-8": checkpoint}
+CHECKPOINTS = {
+    "google/switch-base-8": checkpoint,
+    "google/switch-base-128": checkpoint,
+    "mistralai/Mixtral-8x7B-v0.1": lambda folder: family_models.mixtral().save_pretrained(folder),
+}
 
 
 @pytest.mark.parametrize("name", ROOMS)
