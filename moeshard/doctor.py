@@ -12,8 +12,10 @@ import os
 import platform
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -98,12 +100,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: of the subcommand.
     """
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--json", action="store_true", help="print the report, or what was measured, as JSON")
     parser.add_argument("--calibrate", action="store_true", help="measure this machine for moeshard plan: ten seconds")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the report.
+    """Print the report, or calibrate.
 
     Args:
         options: as declared by :func:`add_options`.
@@ -115,9 +117,12 @@ def run(options: argparse.Namespace) -> int:
         OSError: the calibration cannot be written.
     """
     if options.calibrate:
-        from .planner import calibration
+        from .planner import calibration, machines
 
-        return calibration.run()
+        status = calibration.run(partial(print, file=sys.stderr) if options.json else print)
+        if options.json:
+            print(machines.calibration_file().read_text())
+        return status
     findings = examine()
     problems = [finding for finding in findings if finding.state == "problem"]
     if options.json:
