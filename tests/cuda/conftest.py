@@ -55,3 +55,13 @@ def script(device):
         return done.stdout
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def enough_devices(request):
+    """NCCL wants a GPU for each rank; ptxsim has as many as are asked for."""
+    ranks = getattr(request.node, "callspec", None) and request.node.callspec.params.get("ranks", 1)
+    if ranks and ranks > 1 and "ptxsim" not in os.environ.get("LD_LIBRARY_PATH", "") and why_no_device() is None:
+        found = cuda.extension().device_count()
+        if found < ranks:
+            pytest.skip(f"{ranks} ranks need as many GPUs, there are {found}")
