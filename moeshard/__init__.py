@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from .group import Group, init
     from .launcher import Ranks, launch, worker_state
     from .layer import ShardedExperts
+    from .paths import TokenPaths, record_routing
+    from .placement import Placement, place
     from .plans import Plan
     from .profiles import Profile, profile
     from .reports import Report, report
@@ -59,6 +61,7 @@ __all__ = [
     "MoeshardError",
     "PackedExperts",
     "PeerError",
+    "Placement",
     "Plan",
     "Profile",
     "RangeError",
@@ -68,11 +71,14 @@ __all__ = [
     "Report",
     "ShapeError",
     "ShardedExperts",
+    "TokenPaths",
     "fused_experts",
     "init",
     "launch",
     "pack",
+    "place",
     "profile",
+    "record_routing",
     "register_adapter",
     "report",
     "shard",
@@ -90,6 +96,8 @@ _ROOMS = {
     "group": ("Group", "init"),
     "launcher": ("Ranks", "launch", "worker_state"),
     "layer": ("ShardedExperts",),
+    "paths": ("TokenPaths", "record_routing"),
+    "placement": ("Placement", "place"),
     "plans": ("Plan",),
     "profiles": ("Profile", "profile"),
     "reports": ("Report", "report"),

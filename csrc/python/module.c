@@ -5,6 +5,7 @@
 //   tensor.c      Tensor, tensor_info     batch.c     steps 1, 3, 4: Batch
 //   tensor_view.c any tensor in           exchange.c  chapter X, steps 2, 5: Exchange
 //   arrays.c      NumPy arrays in, out    dlpack_abi.h  DLPack's structs
+//   placement.c   chapter L: place ...
 //   state.c       module state            experts_args.c, routing_args.c  arguments that all engines have alike
 //
 // All but the right column down to exchange.c, threads.c and this file is also linked into _cuda (cuda/python).
@@ -25,6 +26,7 @@ static int module_exec(PyObject *module) {
   if (core_add_errors(module, state)) return -1;
   if (core_add_threads(module, state)) return -1;
   if (core_add_plan(module)) return -1;
+  if (core_add_placement(module)) return -1;
   if (core_add_tensor(module, state)) return -1;
   if (core_add_experts(module, state)) return -1;
   if (core_add_batch(module, state)) return -1;
