@@ -50,7 +50,7 @@ class Limits:
 
 LIMITS = {
     "quick": Limits(rounds=0.6, slow=0.25, endless=2.0),
-    "full": Limits(rounds=2.5, slow=2.0, endless=10.0),
+    "full": Limits(rounds=1.2, slow=0.8, endless=6.0),
     "tiny": Limits(rounds=0.1, slow=1.0, endless=10.0),
 }
 
