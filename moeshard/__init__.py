@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from .launcher import Ranks, launch, worker_state
     from .layer import ShardedExperts
     from .planner import ModelPlan, plan
+    from .paths import TokenPaths, record_routing
+    from .placement import Placement, place
     from .plans import Plan
     from .profiles import Profile, profile
     from .reports import Report, report
@@ -63,6 +65,7 @@ __all__ = [
     "MoeshardError",
     "PackedExperts",
     "PeerError",
+    "Placement",
     "Plan",
     "Profile",
     "RangeError",
@@ -74,13 +77,16 @@ __all__ = [
     "ShardedExperts",
     "disable_transformers",
     "enable_transformers",
+    "TokenPaths",
     "fused_experts",
     "init",
     "launch",
     "measure_speed",
     "pack",
     "plan",
+    "place",
     "profile",
+    "record_routing",
     "register_adapter",
     "report",
     "shard",
@@ -100,6 +106,8 @@ _ROOMS = {
     "launcher": ("Ranks", "launch", "worker_state"),
     "layer": ("ShardedExperts",),
     "planner": ("ModelPlan", "plan"),
+    "paths": ("TokenPaths", "record_routing"),
+    "placement": ("Placement", "place"),
     "plans": ("Plan",),
     "profiles": ("Profile", "profile"),
     "reports": ("Report", "report"),
