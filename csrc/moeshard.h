@@ -2,6 +2,7 @@
 //
 //   chapter 0  conventions: status, errors, dtypes, threads
 //   chapter P  plan: which rank holds which columns of which expert (once per model)
+//   chapter L  placement: which rank holds which whole expert        plan/placement.h
 //   chapter W  experts: this rank's columns, packed for the kernels (once per model)
 //   chapter X  exchange: how ranks reach each other (once per group)
 //   chapter 1  route    the router's choices, checked                      step1_route.c

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from .launcher import Ranks, launch, worker_state
     from .layer import ShardedExperts
     from .loading import from_pretrained
+    from .paths import TokenPaths, record_routing
+    from .placement import Placement, place
     from .planner import ModelPlan, plan
     from .plans import Plan
     from .profiles import Profile, profile
@@ -67,6 +69,7 @@ __all__ = [
     "MoeshardError",
     "PackedExperts",
     "PeerError",
+    "Placement",
     "Plan",
     "Profile",
     "RangeError",
@@ -76,6 +79,7 @@ __all__ = [
     "Report",
     "ShapeError",
     "ShardedExperts",
+    "TokenPaths",
     "disable_transformers",
     "enable_transformers",
     "from_pretrained",
@@ -84,8 +88,10 @@ __all__ = [
     "launch",
     "measure_speed",
     "pack",
+    "place",
     "plan",
     "profile",
+    "record_routing",
     "register_adapter",
     "report",
     "save_pretrained",
@@ -107,6 +113,8 @@ _ROOMS = {
     "launcher": ("Ranks", "launch", "worker_state"),
     "layer": ("ShardedExperts",),
     "loading": ("from_pretrained",),
+    "paths": ("TokenPaths", "record_routing"),
+    "placement": ("Placement", "place"),
     "planner": ("ModelPlan", "plan"),
     "plans": ("Plan",),
     "profiles": ("Profile", "profile"),

@@ -75,6 +75,43 @@ class Layout:  # a table made ready for the steps of one rank
     def sparse(self) -> bool: ...
     @property
     def rank(self) -> int: ...
+# chapter L: placement. Owners are [L, E] int32, -1: no rank. Hops are a capsule.
+PlaceMethod = Literal["contiguous", "balanced", "two-stage", "sweep", "exact"]
+
+@final
+@type_check_only
+class Hops: ...
+
+def count_hops(paths: NDArray[np.int32], num_experts: int) -> Hops: ...
+def hops_table(hops: Hops, /) -> NDArray[np.int64]: ...
+def hops_totals(hops: Hops, /) -> NDArray[np.int64]: ...
+def place(
+    method: PlaceMethod,
+    counts: ArrayLike,
+    ranks: int,
+    slack: float = 0.02,
+    hops: Hops | None = None,
+    apart: NDArray[np.bool_] | None = None,
+    starts: int = 4,
+    seed: int = 0,
+) -> NDArray[np.int32]: ...
+def place_measure(
+    owner: NDArray[np.int32],
+    counts: ArrayLike,
+    ranks: int,
+    slack: float = 0.02,
+    hops: Hops | None = None,
+    apart: NDArray[np.bool_] | None = None,
+    gap: bool = True,
+) -> tuple[
+    NDArray[np.int64],  # load [L, R]
+    NDArray[np.float64],  # bound [L]
+    NDArray[np.int64],  # cap [L]
+    NDArray[np.int64],  # local [L - 1]
+    NDArray[np.int64],  # most [L - 1]
+    NDArray[np.int64],  # gap [L]
+]: ...
+def assign(cost: ArrayLike, /) -> tuple[NDArray[np.int32], int]: ...
 
 # chapter W: experts
 @final

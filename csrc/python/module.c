@@ -7,6 +7,7 @@
 //   arrays.c      NumPy arrays in, out    layout.c      Layout
 //   state.c       module state            dlpack_abi.h  DLPack's structs
 //   experts_args.c, routing_args.c        arguments that all engines have alike
+//   placement.c   chapter L: place ...
 //
 // All but the right column, threads.c and this file is also linked into _cuda (cuda/python).
 //
@@ -27,6 +28,7 @@ static int module_exec(PyObject *module) {
   if (core_add_threads(module, state)) return -1;
   if (core_add_plan(module)) return -1;
   if (core_add_layout(module, state)) return -1;
+  if (core_add_placement(module)) return -1;
   if (core_add_tensor(module, state)) return -1;
   if (core_add_experts(module, state)) return -1;
   if (core_add_batch(module, state)) return -1;
