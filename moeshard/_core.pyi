@@ -75,6 +75,7 @@ class Layout:  # a table made ready for the steps of one rank
     def sparse(self) -> bool: ...
     @property
     def rank(self) -> int: ...
+
 # chapter L: placement. Owners are [L, E] int32, -1: no rank. Hops are a capsule.
 PlaceMethod = Literal["contiguous", "balanced", "two-stage", "sweep", "exact"]
 

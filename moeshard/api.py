@@ -89,8 +89,9 @@ def shard(
         group: the ranks. ``None``: :func:`moeshard.init`.
         plan: the layout of each MoE layer. ``"auto"``, ``"shard"``: every expert over every rank;
             ``"expert_parallel"``: each expert whole on one rank; a :class:`moeshard.Plan` of the layers' sizes, see
-            ``docs/layouts.md``; or what :func:`moeshard.plan` found for each layer. A plan that prunes experts frees
-            their weights for good: ``unshard`` will refuse.
+            ``docs/layouts.md``; what :func:`moeshard.plan` found for each layer; or plans by layer name
+            (:meth:`moeshard.Placement.plans`). A plan that prunes experts frees their weights for good: ``unshard``
+            will refuse.
         dtype: storage of the experts: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"int8"`` (weights within half a
             scale, see ``docs/numerics.md``) or torch's. ``None``: as it is.
         tokens: ``"local"``: each rank has its own batch; ``"replicated"``: all ranks hold the same.

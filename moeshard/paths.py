@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token paths: the experts of each token in each MoE layer, recorded from a model, counted and saved; needs no torch."""
+"""Token paths: the experts of each token in each MoE layer, recorded, counted and saved; needs no torch."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class TokenPaths:
 
     @property
     def transitions(self) -> NDArray[np.int64]:
-        """``[L - 1, E, E]`` int64: how many (token, choice, choice) go from an expert to an expert of the next layer."""
+        """``[L - 1, E, E]`` int64: how many (token, choice, choice) go from an expert to one of the next layer."""
         if not len(self):
             return np.zeros((len(self.layers) - 1, self.num_experts, self.num_experts), np.int64)
         return _core.hops_table(self.hops())
@@ -114,7 +114,7 @@ class TokenPaths:
             OSError: the file cannot be written.
         """
         with open(path, "wb") as file:
-            np.savez_compressed(file, **self._arrays())
+            np.savez_compressed(file, allow_pickle=False, **self._arrays())
 
     @classmethod
     def load(cls, path: str | Path) -> TokenPaths:
@@ -131,7 +131,8 @@ class TokenPaths:
             ...     TokenPaths.load(f"{folder}/paths.npz").experts.tolist()
             [[[0], [1]]]
         """
-        return cls._read(path, str(path))
+        with open(path, "rb") as file:
+            return cls._read(file, str(path))
 
     @classmethod
     def _read(cls, file: Any, name: str) -> TokenPaths:
@@ -266,7 +267,7 @@ class _Recorder:
         for name, found in zip(self._names, calls, strict=True):
             if len(found) != 1:
                 raise _core.ArgumentError(
-                    f"{name}: called {len(found)} times in batch {number}, expected once: leave it out with layers=[...]"
+                    f"{name}: called {len(found)} times in batch {number}, expected once: leave it out by layers=[...]"
                 )
         first = calls[0][0]
         for name, (index,) in zip(self._names, calls, strict=True):
@@ -280,7 +281,7 @@ class _Recorder:
             return experts
         if len(real) != len(experts):
             raise _core.ArgumentError(
-                f"batches: the attention_mask of batch {number} has {len(real)} tokens, {int(real.sum())} of them real, "
+                f"batches: the attention_mask of batch {number} has {len(real)} tokens, {int(real.sum())} real ones, "
                 f"but {self._names[0]} saw {len(experts)}"
             )
         return experts[real]
@@ -329,7 +330,7 @@ def _check_alike(layers: Sequence[tuple[str, ShardedExperts]]) -> None:
 
 def _pack(paths: TokenPaths) -> bytes:
     file = io.BytesIO()
-    np.savez(file, **paths._arrays())
+    np.savez(file, allow_pickle=False, **paths._arrays())
     return file.getvalue()
 
 

@@ -69,8 +69,8 @@ class Placement(Tabular):
         slack: how much heavier than ``bound`` a rank was allowed to be.
         hops: what it does to hops. ``None``: only counts were known.
         remote_contiguous: the share of remote hops of contiguous blocks of experts, for comparison.
-        remote_held_out: the share of remote hops of this method on tokens that it has not seen: planned on the first half
-            of the tokens, scored on the second. The number to expect; ``remote`` fits the recorded tokens, chance
+        remote_held_out: the share of remote hops of this method on tokens that it has not seen: planned on the first
+            half of the tokens, scored on the second. The number to expect; ``remote`` fits the recorded tokens, chance
             included. ``None``: not measured.
         loads: ``[L, R]`` float64: slots of each rank; those of an expert that is cut count 1 / R on each.
         bound: ``[L]`` float64: the heaviest rank cannot be below it: max(mean, hottest whole expert).
@@ -101,11 +101,15 @@ class Placement(Tabular):
                 f"placement: expected owner and counts [L, E] and L names, got {list(owner.shape)}, "
                 f"{list(counts.shape)} and {len(self.layers)}"
             )
-        load, bound, cap, *_ = _core.place_measure(
-            owner, counts, self.ranks, self.slack, apart=owner < 0, gap=False
-        )
+        load, bound, cap, *_ = _core.place_measure(owner, counts, self.ranks, self.slack, apart=owner < 0, gap=False)
         cut = np.where(owner < 0, counts, 0).sum(axis=1) / self.ranks
-        arrays = {"owner": owner, "counts": counts, "loads": load + cut[:, None], "bound": bound + cut, "cap": cap + cut}
+        arrays = {
+            "owner": owner,
+            "counts": counts,
+            "loads": load + cut[:, None],
+            "bound": bound + cut,
+            "cap": cap + cut,
+        }
         for name, array in arrays.items():
             array.flags.writeable = False
             object.__setattr__(self, name, array)
@@ -150,7 +154,10 @@ class Placement(Tabular):
         """
         totals = self.counts.sum(axis=1, keepdims=True)
         found = np.argwhere(self.counts * self.ranks > totals) if self.ranks > 1 else ()
-        experts = [Unbalanceable(self.layers[l], int(e), float(self.counts[l, e] / totals[l, 0])) for l, e in found]
+        experts = [
+            Unbalanceable(self.layers[layer], int(e), float(self.counts[layer, e] / totals[layer, 0]))
+            for layer, e in found
+        ]
         return tuple(sorted(experts, key=lambda expert: -expert.share))
 
     def plans(self, d_ff: int | Sequence[int]) -> dict[str, Plan]:
@@ -362,9 +369,9 @@ def place(
         routing: token paths of :func:`moeshard.record_routing`; or counts ``[L, E]``: then only the load is balanced.
         ranks: number of ranks R.
         method: ``"contiguous"``: blocks of consecutive experts, whatever the routing. ``"balanced"``: loads only, the
-            longest first. ``"two-stage"``: MoETuner's: balanced, then clusters are mapped to ranks. ``"sweep"``: layer by
-            layer with its neighbours fixed, until none changes; never worse than two-stage. ``"exact"``: the best, for
-            small cases (16 experts on 2 ranks).
+            longest first. ``"two-stage"``: MoETuner's: balanced, then clusters are mapped to ranks. ``"sweep"``: layer
+            by layer with its neighbours fixed, until none changes; never worse than two-stage. ``"exact"``: the best,
+            for small cases (16 experts on 2 ranks).
         slack: see above; 0.02 is 2 %.
         starts: of ``"sweep"``: two-stage, then random ones; the best is kept.
         seed: of the random ones. Equal arguments give equal placements.
@@ -378,8 +385,8 @@ def place(
         The placement.
 
     Raises:
-        ArgumentError: an unknown method, ``ranks`` or ``starts`` below 1, a negative slack or seed, ``"exact"`` on a large
-            case or on counts.
+        ArgumentError: an unknown method, ``ranks`` or ``starts`` below 1, a negative slack or seed, ``"exact"`` on a
+            large case or on counts.
         ShapeError, DTypeError, RangeError: counts that are not ``[L, E]`` integers of 0 or more.
         ImportError: ``polish`` without scipy.
 
@@ -411,7 +418,8 @@ def place(
         counts = paths.counts
         apart = _hotter_than_share(counts, ranks) if cut_unbalanceable else None
         hops = paths.hops() if len(paths) else None
-        owner = _core.place(method, counts, ranks, slack, hops, apart, starts, seed)
+        how: Method = "balanced" if method == "exact" and hops is None else method  # nothing to be exact about
+        owner = _core.place(how, counts, ranks, slack, hops, apart, starts, seed)
         return _polished(owner, paths, ranks, slack) if polish and len(paths) else owner
 
     owner, counts = planned(routing), routing.counts
@@ -440,9 +448,7 @@ def place(
 
 
 def _with_owner(placement: Placement, owner: NDArray[np.int32]) -> Placement:
-    return Placement(
-        owner, placement.ranks, placement.counts, placement.layers, placement.method, placement.slack
-    )
+    return Placement(owner, placement.ranks, placement.counts, placement.layers, placement.method, placement.slack)
 
 
 def _counts(routing: object) -> NDArray[np.int64]:
@@ -507,7 +513,7 @@ def _polished(owner: NDArray[np.int32], paths: TokenPaths, ranks: int, slack: fl
     while again:
         again = False
         *_, gaps = _core.place_measure(owner, counts, ranks, slack, hops, apart)
-        for layer in np.flatnonzero(gaps):
+        for layer in np.flatnonzero(gaps).tolist():
             placed = np.flatnonzero(~apart[layer])
             here = owner[layer, placed]
             benefit = np.zeros((len(placed), ranks))

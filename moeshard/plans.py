@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -234,14 +234,14 @@ class Plan:
         )
 
 
-PlanChoice: TypeAlias = 'Plan | ModelPlan | Literal["auto", "shard", "expert_parallel"]'
+PlanChoice: TypeAlias = 'Plan | ModelPlan | Mapping[str, Plan] | Literal["auto", "shard", "expert_parallel"]'
 
 
 def plan_for(plan: PlanChoice, ranks: int, num_experts: int, d_ff: int, layer: str = "") -> Plan:
     """The plan of a layer of this size; ``"auto"`` is the shard layout. A Plan must fit it.
 
     Args:
-        plan: a choice of the user's.
+        plan: a choice of the user's; of a mapping, the plan under the layer's name.
         ranks: number of ranks R.
         num_experts: number of experts E.
         d_ff: hidden width F of each expert.
@@ -251,6 +251,12 @@ def plan_for(plan: PlanChoice, ranks: int, num_experts: int, d_ff: int, layer: s
         ShapeError: the plan is for other sizes.
         ArgumentError: the plan has no such layer, or is none.
     """
+    if isinstance(plan, Mapping):
+        if layer not in plan:
+            raise _core.ArgumentError(
+                f"plan: it has no layer {layer!r}, expected the model's; it has {', '.join(plan)}"
+            )
+        plan = plan[layer]
     if not isinstance(plan, (Plan, str)) and hasattr(plan, "for_layer"):
         plan = plan.for_layer(layer)
     if isinstance(plan, Plan):

@@ -31,7 +31,8 @@ struct ms_assigner {
 ms_status ms_assigner_create(int32_t room, int32_t R, ms_assigner **out, ms_error *err) {
   *out = NULL;
   if (room < 1 || R < 1)
-    return ms_fail(err, MS_EINVAL, "assignment: got %d items, %d bins, expected at least 1", room, R);
+    return ms_fail(err, MS_EINVAL, "assignment: got %d items, %d bins, expected at least 1", room,
+                   R);
   ms_assigner *a = calloc(1, sizeof *a);
   if (!a) goto failed;
   size_t bins = (size_t)R, nodes = bins + 1, items = (size_t)room;
@@ -195,7 +196,8 @@ int64_t ms_assign(ms_assigner *a, const int64_t *cost, int32_t n, int64_t *price
       owner[i] = r;
       total += cost[(int64_t)i * R + r];
     }
-  for (int32_t v = 0; v < nodes; v++) // only differences count: do not let them drift from call to call
+  for (int32_t v = 0; v < nodes;
+       v++) // only differences count: do not let them drift from call to call
     if (price[v] < lowest) lowest = price[v];
   for (int32_t v = 0; v < nodes; v++) price[v] -= lowest;
   return total;

@@ -13,7 +13,7 @@
 #include <string.h>
 
 enum { MOST_RANKS = 255, MOST_EXPERTS = 1024 }; // states are bytes; the enumeration is recursive
-static const int64_t MOST_STEPS = (int64_t)1 << 26;     // of the enumeration of a layer: under a second
+static const int64_t MOST_STEPS = (int64_t)1 << 26; // of the enumeration of a layer: under a second
 static const int64_t MOST_ADDITIONS = (int64_t)1 << 33; // of the whole: some seconds
 
 typedef struct states {
@@ -34,7 +34,8 @@ typedef struct listing { // the enumeration of one layer's states
 
 static ms_status too_many(const listing *c, ms_error *err) {
   return ms_fail(err, MS_EINVAL,
-                 "exact: layer %d has more than %d ways to give %d experts to %d ranks: use sweep, which is close to it",
+                 "exact: layer %d has more than %d ways to give %d experts to %d ranks: use sweep, "
+                 "which is close to it",
                  c->l, MS_PLACE_STATES, c->p->n[c->l], c->p->R);
 }
 
@@ -95,8 +96,8 @@ static ms_status list_states(const ms_problem *p, int32_t l, states *out, ms_err
 }
 
 // best [count of here] from best_before [count of before]; from: the state before that gives it.
-static void step(const ms_problem *p, int32_t l, const states *before, const states *here, const int64_t *best_before,
-                 int64_t *gain, int64_t *best, int32_t *from) {
+static void step(const ms_problem *p, int32_t l, const states *before, const states *here,
+                 const int64_t *best_before, int64_t *gain, int64_t *best, int32_t *from) {
   const int64_t E = p->E, row = (l - 1) * E;
   const int32_t n = p->n[l], m = p->n[l - 1], R = p->R;
   for (int64_t s = 0; s < here->count; s++) best[s] = -1;
@@ -121,16 +122,18 @@ static void step(const ms_problem *p, int32_t l, const states *before, const sta
   }
 }
 
-static ms_status run(const ms_problem *p, states *list, int32_t **from, int64_t **best, int64_t *gain, int32_t *owner,
-                     ms_error *err) {
+static ms_status run(const ms_problem *p, states *list, int32_t **from, int64_t **best,
+                     int64_t *gain, int32_t *owner, ms_error *err) {
   const int64_t E = p->E;
   int64_t additions = 0;
   for (int32_t l = 0; l < p->L; l++) {
     MS_TRY(list_states(p, l, &list[l], err));
     if (l) additions += list[l - 1].count * list[l].count * (p->n[l] + 1);
     if (additions > MOST_ADDITIONS)
-      return ms_fail(err, MS_EINVAL, "exact: more than %lld additions for %d layers: use sweep, which is close to it",
-                     (long long)MOST_ADDITIONS, p->L);
+      return ms_fail(
+          err, MS_EINVAL,
+          "exact: more than %lld additions for %d layers: use sweep, which is close to it",
+          (long long)MOST_ADDITIONS, p->L);
     from[l] = malloc((size_t)list[l].count * sizeof *from[l]);
     best[l] = calloc((size_t)list[l].count, sizeof *best[l]);
     if (!from[l] || !best[l])
@@ -142,7 +145,8 @@ static ms_status run(const ms_problem *p, states *list, int32_t **from, int64_t 
     if (best[p->L - 1][q] > best[p->L - 1][s]) s = q;
   for (int32_t l = p->L - 1; l >= 0; l--) {
     for (int64_t e = 0; e < E; e++) owner[l * E + e] = -1;
-    for (int32_t i = 0; i < p->n[l]; i++) owner[l * E + p->expert[l * E + i]] = list[l].owner[s * p->n[l] + i];
+    for (int32_t i = 0; i < p->n[l]; i++)
+      owner[l * E + p->expert[l * E + i]] = list[l].owner[s * p->n[l] + i];
     if (l) s = from[l][s];
   }
   return MS_OK;
@@ -156,8 +160,8 @@ ms_status ms_place_exact(const ms_place_spec *spec, int32_t *owner, ms_error *er
   ms_status status = ms_problem_init(spec, &p, err);
   if (status != MS_OK) goto done;
   if (!p.hops || p.R > MOST_RANKS) {
-    status = ms_fail(err, MS_EINVAL, "exact: needs token paths and at most %d ranks, got %s and %d", MOST_RANKS,
-                     p.hops ? "paths" : "counts only", p.R);
+    status = ms_fail(err, MS_EINVAL, "exact: needs token paths and at most %d ranks, got %s and %d",
+                     MOST_RANKS, p.hops ? "paths" : "counts only", p.R);
     goto done;
   }
   const size_t L = (size_t)p.L;

@@ -15,24 +15,26 @@ void ms_hops_free(ms_hops *hops) {
 }
 
 typedef struct counter { // one layer at a time
-  int64_t *at;    // [E + 1] where the slots of an expert begin
-  int64_t *order; // [T*K] tokens, by the expert of their slot
-  int64_t *seen;  // [E] hops from one expert
-  int32_t *met;   // [E] to which
-  int64_t room;   // of hops->next
+  int64_t *at;           // [E + 1] where the slots of an expert begin
+  int64_t *order;        // [T*K] tokens, by the expert of their slot
+  int64_t *seen;         // [E] hops from one expert
+  int32_t *met;          // [E] to which
+  int64_t room;          // of hops->next
 } counter;
 
 static ms_status check_paths(const int32_t *expert, int64_t T, int32_t L, int32_t K, int32_t E,
                              ms_error *err) {
   if (T < 0 || L < 1 || L > MS_MAX_LAYERS || K < 1 || K > MS_MAX_CHOICES || E < 1 ||
       E > MS_MAX_EXPERTS)
-    return ms_fail(err, MS_EINVAL,
-                   "paths: got %lld tokens, %d layers, %d choices, %d experts, expected at most %d layers, %d "
-                   "choices, %d experts",
-                   (long long)T, L, K, E, MS_MAX_LAYERS, MS_MAX_CHOICES, MS_MAX_EXPERTS);
+    return ms_fail(
+        err, MS_EINVAL,
+        "paths: got %lld tokens, %d layers, %d choices, %d experts, expected at most %d layers, %d "
+        "choices, %d experts",
+        (long long)T, L, K, E, MS_MAX_LAYERS, MS_MAX_CHOICES, MS_MAX_EXPERTS);
   for (int64_t i = 0; i < T * L * K; i++)
     if (expert[i] < -1 || expert[i] >= E)
-      return ms_fail(err, MS_ERANGE, "paths: token %lld, layer %lld: got expert %d, expected -1 to %d",
+      return ms_fail(err, MS_ERANGE,
+                     "paths: token %lld, layer %lld: got expert %d, expected -1 to %d",
                      (long long)(i / ((int64_t)L * K)), (long long)(i / K % L), expert[i], E - 1);
   return MS_OK;
 }
@@ -103,8 +105,8 @@ static void turn_round(ms_hops *hops) {
   }
 }
 
-ms_status ms_hops_count(const int32_t *expert, int64_t T, int32_t L, int32_t K, int32_t E, ms_hops *out,
-                        ms_error *err) {
+ms_status ms_hops_count(const int32_t *expert, int64_t T, int32_t L, int32_t K, int32_t E,
+                        ms_hops *out, ms_error *err) {
   *out = (ms_hops){0};
   MS_TRY(check_paths(expert, T, L, K, E, err));
   size_t rows = (size_t)(L - 1) * (size_t)E + 1, slots = (size_t)T * (size_t)K;

@@ -99,7 +99,8 @@ static bool level_once(ms_layer *layer) {
 
 void ms_layer_level(ms_layer *layer) {
   // Every exchange lightens the heaviest rank and makes none as heavy as it was, so it ends; the limit only bounds the time.
-  for (int32_t i = 0; i < 4 * layer->n && level_once(layer); i++) {}
+  for (int32_t i = 0; i < 4 * layer->n && level_once(layer); i++) {
+  }
 }
 
 // ---- the problem ----------------------------------------------------------------------------------------------------
@@ -125,16 +126,17 @@ static ms_status check_spec(const ms_place_spec *s, ms_error *err) {
   if (!(s->slack >= 0) || s->slack > 1e6)
     return ms_fail(err, MS_EINVAL, "slack: got %g, expected 0 or more", s->slack);
   if (s->hops && (s->hops->L != s->L || s->hops->E != s->E))
-    return ms_fail(err, MS_ESHAPE, "hops: of %d layers and %d experts, but counts are of %d and %d", s->hops->L,
-                   s->hops->E, s->L, s->E);
+    return ms_fail(err, MS_ESHAPE, "hops: of %d layers and %d experts, but counts are of %d and %d",
+                   s->hops->L, s->hops->E, s->L, s->E);
   for (int32_t l = 0; l < s->L; l++) {
     int64_t total = 0;
     for (int32_t e = 0; e < s->E; e++) {
       int64_t count = s->counts[(int64_t)l * s->E + e];
       if (count < 0 || count > ((int64_t)1 << 44) - total)
-        return ms_fail(err, MS_ERANGE,
-                       "counts: layer %d, expert %d: got %lld, expected 0 or more, at most 2^44 in a layer", l, e,
-                       (long long)count);
+        return ms_fail(
+            err, MS_ERANGE,
+            "counts: layer %d, expert %d: got %lld, expected 0 or more, at most 2^44 in a layer", l,
+            e, (long long)count);
       total += count;
     }
   }
@@ -153,7 +155,8 @@ static ms_status balance(const ms_place_spec *spec, ms_problem *p, ms_error *err
   }
   for (int32_t l = 0; l < p->L; l++) {
     const int64_t *weight = p->weight + (int64_t)l * p->E;
-    ms_layer layer = {.n = p->n[l], .R = p->R, .weight = weight, .owner = owner, .load = load, .size = size};
+    ms_layer layer = {
+        .n = p->n[l], .R = p->R, .weight = weight, .owner = owner, .load = load, .size = size};
     ms_layer_deal(&layer, weight, order);
     ms_layer_level(&layer);
     int64_t total = 0, hottest = 0, heaviest = 0;
@@ -165,7 +168,7 @@ static ms_status balance(const ms_place_spec *spec, ms_problem *p, ms_error *err
       if (load[r] > heaviest) heaviest = load[r];
     p->bound[l] = fmax((double)total / p->R, (double)hottest);
     double cap = floor((1 + spec->slack) * p->bound[l]);
-    p->cap[l] = cap < (double)heaviest ? heaviest : cap > (double)total ? total : (int64_t)cap;
+    p->cap[l] = cap<(double)heaviest ? heaviest : cap>(double) total ? total : (int64_t)cap;
     int32_t *balanced = p->balanced + (int64_t)l * p->E;
     for (int32_t e = 0; e < p->E; e++) {
       int32_t i = p->place[(int64_t)l * p->E + e];
@@ -211,8 +214,8 @@ ms_status ms_problem_init(const ms_place_spec *spec, ms_problem *p, ms_error *er
   return balance(spec, p, err);
 }
 
-void ms_problem_benefit(const ms_problem *p, const int32_t *owner, int32_t l, bool before, bool after,
-                        int64_t *benefit) {
+void ms_problem_benefit(const ms_problem *p, const int32_t *owner, int32_t l, bool before,
+                        bool after, int64_t *benefit) {
   const int32_t E = p->E, R = p->R;
   memset(benefit, 0, (size_t)p->n[l] * (size_t)R * sizeof *benefit);
   if (!p->hops) return;
@@ -284,20 +287,21 @@ ms_status ms_place_contiguous(const ms_place_spec *spec, int32_t *owner, ms_erro
 ms_status ms_place_balanced(const ms_place_spec *spec, int32_t *owner, ms_error *err) {
   ms_problem p;
   ms_status status = ms_problem_init(spec, &p, err);
-  if (status == MS_OK)
-    memcpy(owner, p.balanced, (size_t)p.L * (size_t)p.E * sizeof *owner);
+  if (status == MS_OK) memcpy(owner, p.balanced, (size_t)p.L * (size_t)p.E * sizeof *owner);
   ms_problem_free(&p);
   return status;
 }
 
-bool ms_problem_relabel(const ms_problem *p, int32_t *owner, int32_t l, ms_assigner *assigner, int64_t *flow,
-                        int64_t *price, int32_t *name) {
+bool ms_problem_relabel(const ms_problem *p, int32_t *owner, int32_t l, ms_assigner *assigner,
+                        int64_t *flow, int64_t *price, int32_t *name) {
   const int32_t R = p->R;
   ms_problem_flow(p, owner, l, flow);
   int64_t had = 0;
   for (int32_t a = 0; a < R; a++) {
     had += flow[(int64_t)a * R + a];
-    for (int32_t b = 0; b <= a; b++) { // items are the ranks of l + 1, bins their new names: transpose; more hops cost less
+    for (
+        int32_t b = 0; b <= a;
+        b++) { // items are the ranks of l + 1, bins their new names: transpose; more hops cost less
       int64_t forth = flow[(int64_t)a * R + b], back = flow[(int64_t)b * R + a];
       flow[(int64_t)a * R + b] = -back;
       flow[(int64_t)b * R + a] = -forth;
@@ -327,7 +331,8 @@ ms_status ms_place_two_stage(const ms_place_spec *spec, int32_t *owner, ms_error
     status = ms_fail(err, MS_ENOMEM, "no memory to map the clusters of %d ranks", p.R);
     goto done;
   }
-  for (int32_t l = 0; l + 1 < p.L; l++) ms_problem_relabel(&p, owner, l, assigner, flow, price, name);
+  for (int32_t l = 0; l + 1 < p.L; l++)
+    ms_problem_relabel(&p, owner, l, assigner, flow, price, name);
 done:
   free(flow);
   free(price);
@@ -340,8 +345,8 @@ done:
 // ---- the score ------------------------------------------------------------------------------------------------------
 
 // The largest `most` counts of a row whose experts are placed (largest first in `top`, which holds as many).
-static int64_t sum_of_largest(const ms_hop *hop, int64_t from, int64_t to, const int32_t *place, int32_t most,
-                              int64_t *top) {
+static int64_t sum_of_largest(const ms_hop *hop, int64_t from, int64_t to, const int32_t *place,
+                              int32_t most, int64_t *top) {
   int32_t kept = 0;
   int64_t sum = 0;
   for (int64_t k = from; k < to; k++) {
@@ -360,7 +365,8 @@ static int64_t most_local(const ms_problem *p, int32_t l, int64_t *top) {
   const int64_t E = p->E, row = l * E;
   const ms_hops *hops = p->hops;
   int64_t forth = 0, back = 0;
-  const int32_t most_there = (p->n[l + 1] + p->R - 1) / p->R, most_here = (p->n[l] + p->R - 1) / p->R;
+  const int32_t most_there = (p->n[l + 1] + p->R - 1) / p->R,
+                most_here = (p->n[l] + p->R - 1) / p->R;
   for (int32_t i = 0; i < p->n[l]; i++) {
     const int64_t *at = hops->next_at + row + p->expert[row + i];
     forth += sum_of_largest(hops->next, at[0], at[1], p->place + row + E, most_there, top);
@@ -378,8 +384,8 @@ static ms_status check_owner(const ms_problem *p, const int32_t *owner, ms_error
       const int64_t at = (int64_t)l * p->E + e;
       bool placed = p->place[at] >= 0;
       if (placed ? owner[at] < 0 || owner[at] >= p->R : owner[at] != -1)
-        return ms_fail(err, MS_EINVAL, "owner: layer %d, expert %d: got %d, expected %s%d", l, e, owner[at],
-                       placed ? "0 to " : "", placed ? p->R - 1 : -1);
+        return ms_fail(err, MS_EINVAL, "owner: layer %d, expert %d: got %d, expected %s%d", l, e,
+                       owner[at], placed ? "0 to " : "", placed ? p->R - 1 : -1);
     }
   return MS_OK;
 }

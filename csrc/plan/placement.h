@@ -36,9 +36,9 @@ typedef struct ms_hop {
 // back from expert f of layer l + 1 to layer l: last[last_at[l*E + f] .. last_at[l*E + f + 1]).
 typedef struct ms_hops {
   int32_t L, E;
-  int64_t total;             // hops of all layers
+  int64_t total;              // hops of all layers
   int64_t *next_at, *last_at; // [(L-1)*E + 1] owned
-  ms_hop *next, *last;       // owned
+  ms_hop *next, *last;        // owned
 } ms_hops;
 
 // Count the hops of token paths.
@@ -47,8 +47,8 @@ typedef struct ms_hops {
 // A token with K choices in both layers makes K*K hops.
 // Cost: O(T*L*K*K + L*E) time, 32 bytes for each pair of experts with a hop.
 // Errors: MS_EINVAL a dimension; MS_ERANGE an index outside -1..E-1 (says token, layer, value); MS_ENOMEM.
-ms_status ms_hops_count(const int32_t *expert, int64_t T, int32_t L, int32_t K, int32_t E, ms_hops *out,
-                        ms_error *err);
+ms_status ms_hops_count(const int32_t *expert, int64_t T, int32_t L, int32_t K, int32_t E,
+                        ms_hops *out, ms_error *err);
 void ms_hops_free(ms_hops *hops); // NULL and zeroed are legal
 
 // ---- assignment ---------------------------------------------------------------------------------------------------
@@ -74,10 +74,11 @@ int64_t ms_assign(ms_assigner *assigner, const int64_t *cost, int32_t n, int64_t
 
 typedef struct ms_place_spec { // all borrowed
   int32_t L, E, R;
-  const int64_t *counts;  // [L, E] slots of each expert, 0 or more
-  const ms_hops *hops;    // NULL: only balance is known
-  const uint8_t *apart;   // [L, E] 1: the expert is not placed (it is cut over all ranks), its owner is -1. NULL: all are
-  double slack;           // 0 or more
+  const int64_t *counts; // [L, E] slots of each expert, 0 or more
+  const ms_hops *hops;   // NULL: only balance is known
+  const uint8_t *
+      apart; // [L, E] 1: the expert is not placed (it is cut over all ranks), its owner is -1. NULL: all are
+  double slack; // 0 or more
 } ms_place_spec;
 
 // All write owner [L, E]: the rank of each expert, -1 where `apart`.
@@ -114,12 +115,15 @@ ms_status ms_place_sweep(const ms_place_spec *spec, int32_t starts, uint64_t see
 ms_status ms_place_exact(const ms_place_spec *spec, int32_t *owner, ms_error *err);
 
 typedef struct ms_place_score { // arrays are the caller's; NULL where not wanted
-  int64_t *load;     // [L, R] slots of the placed experts
-  double *bound;     // [L]
-  int64_t *cap;      // [L]
-  int64_t *local;    // [L-1] hops that stay on their rank; to and from an expert without a rank none does
-  int64_t *most;     // [L-1] no placement has more local hops here: each expert with the experts that fit on its rank best
-  int64_t *gap;      // [L] hops that changing this layer alone could save at most (the Lagrangian dual less what it has)
+  int64_t *load;                // [L, R] slots of the placed experts
+  double *bound;                // [L]
+  int64_t *cap;                 // [L]
+  int64_t
+      *local; // [L-1] hops that stay on their rank; to and from an expert without a rank none does
+  int64_t *
+      most; // [L-1] no placement has more local hops here: each expert with the experts that fit on its rank best
+  int64_t *
+      gap; // [L] hops that changing this layer alone could save at most (the Lagrangian dual less what it has)
 } ms_place_score;
 
 // What a placement is worth. Without hops local, most and gap are zero.

@@ -7,14 +7,14 @@
 
 typedef struct ms_problem {
   int32_t L, E, R;
-  const ms_hops *hops;  // borrowed, may be NULL
-  int32_t *n;           // [L] experts that are placed
-  int32_t *expert;      // [L, E] which: the first n[l] of row l
-  int64_t *weight;      // [L, E] their slots, in the same order
-  int32_t *place;       // [L, E] from expert to its number in that order; -1: not placed
-  double *bound;        // [L]
-  int64_t *cap;         // [L]
-  int32_t *balanced;    // [L, E] owner of the balanced placement, by expert
+  const ms_hops *hops; // borrowed, may be NULL
+  int32_t *n;          // [L] experts that are placed
+  int32_t *expert;     // [L, E] which: the first n[l] of row l
+  int64_t *weight;     // [L, E] their slots, in the same order
+  int32_t *place;      // [L, E] from expert to its number in that order; -1: not placed
+  double *bound;       // [L]
+  int64_t *cap;        // [L]
+  int32_t *balanced;   // [L, E] owner of the balanced placement, by expert
 } ms_problem;
 
 // Check a spec and balance each layer. Free with ms_problem_free, also after a failure.
@@ -63,12 +63,13 @@ void ms_problem_flow(const ms_problem *problem, const int32_t *owner, int32_t l,
 // Give the ranks other names from layer l + 1 on, so that most hops from l stay; false, and nothing done, if none gains.
 // Loads and sizes stay, and so do the hops between later layers. Scratch: flow [R, R], price [R + 1], name [R]; the assigner
 // has room for R items.
-bool ms_problem_relabel(const ms_problem *problem, int32_t *owner, int32_t l, ms_assigner *assigner, int64_t *flow,
-                        int64_t *price, int32_t *name);
+bool ms_problem_relabel(const ms_problem *problem, int32_t *owner, int32_t l, ms_assigner *assigner,
+                        int64_t *flow, int64_t *price, int32_t *name);
 // Hops between layers l and l + 1 that stay.
 int64_t ms_problem_local(const ms_problem *problem, const int32_t *owner, int32_t l);
 
 // The least gap of each layer that the duals prove (sweep.c). gap is [L].
-ms_status ms_problem_gaps(const ms_problem *problem, const int32_t *owner, int64_t *gap, ms_error *err);
+ms_status ms_problem_gaps(const ms_problem *problem, const int32_t *owner, int64_t *gap,
+                          ms_error *err);
 
 #endif

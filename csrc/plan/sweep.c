@@ -26,10 +26,11 @@
 #include <string.h>
 
 enum {
-  SOLVE_STEPS = 16, // subgradient steps of a layer in a sweep; they start from the last multipliers of the layer
-  PROVE_STEPS = 200, // when only the dual is wanted
-  SWEEPS = 100,      // at most; some 5 to 10 are used
-  KICKS = 24,        // of a start
+  SOLVE_STEPS =
+      16, // subgradient steps of a layer in a sweep; they start from the last multipliers of the layer
+  PROVE_STEPS = 200,       // when only the dual is wanted
+  SWEEPS = 100,            // at most; some 5 to 10 are used
+  KICKS = 24,              // of a start
   LARGEST_MULTIPLIER = 64, // hops for a slot
   FINEST_SCALE = 1 << 12
 };
@@ -37,15 +38,15 @@ enum {
 typedef struct sweeper {
   const ms_problem *p;
   ms_assigner *assigner;
-  int64_t *benefit, *cost; // [E, R] of the layer in hand; cost also [R, R] of ms_problem_relabel
-  int64_t *price;          // [L, R + 1] of each layer's last assignment
-  int64_t *multiplier;     // [L, R] u times scale
+  int64_t *benefit, *cost;  // [E, R] of the layer in hand; cost also [R, R] of ms_problem_relabel
+  int64_t *price;           // [L, R + 1] of each layer's last assignment
+  int64_t *multiplier;      // [L, R] u times scale
   int64_t *best_multiplier; // [R + 1]; the hub's price of ms_problem_relabel
-  int64_t *load, *key;     // [R], [max(E, R)]
-  int32_t *size, *order;   // [R], [E]
+  int64_t *load, *key;      // [R], [max(E, R)]
+  int32_t *size, *order;    // [R], [E]
   int32_t *inner, *trial, *best; // [E] owners of the layer in hand
-  int32_t *name;           // [R]
-  bool *stale;             // [L] a neighbour or the layer has changed since it was solved
+  int32_t *name;                 // [R]
+  bool *stale;                   // [L] a neighbour or the layer has changed since it was solved
   int64_t scale;
   uint64_t random;
 } sweeper;
@@ -75,19 +76,22 @@ static ms_status choose_scale(const ms_problem *p, int64_t *scale, ms_error *err
     for (int32_t i = 0; i < p->n[l]; i++) {
       const int64_t row = (int64_t)l * p->E, e = row + p->expert[row + i];
       double hops = 0;
-      for (int64_t k = l + 1 < p->L ? p->hops->next_at[e] : 0, end = l + 1 < p->L ? p->hops->next_at[e + 1] : 0;
+      for (int64_t k = l + 1 < p->L ? p->hops->next_at[e] : 0,
+                   end = l + 1 < p->L ? p->hops->next_at[e + 1] : 0;
            k < end; k++)
         hops += (double)p->hops->next[k].count;
       const int64_t back = e - p->E;
-      for (int64_t k = l ? p->hops->last_at[back] : 0, end = l ? p->hops->last_at[back + 1] : 0; k < end; k++)
+      for (int64_t k = l ? p->hops->last_at[back] : 0, end = l ? p->hops->last_at[back + 1] : 0;
+           k < end; k++)
         hops += (double)p->hops->last[k].count;
       largest = fmax(largest, hops + (double)p->weight[row + i] * LARGEST_MULTIPLIER);
     }
   *scale = FINEST_SCALE;
   while (*scale > 0 && largest * (double)*scale > (double)(MS_MAX_COST / (p->R + 2))) *scale /= 2;
   if (*scale == 0)
-    return ms_fail(err, MS_ERANGE, "counts: an expert with %g hops and slots is too many to place on %d ranks", largest,
-                   p->R);
+    return ms_fail(err, MS_ERANGE,
+                   "counts: an expert with %g hops and slots is too many to place on %d ranks",
+                   largest, p->R);
   return MS_OK;
 }
 
@@ -110,8 +114,9 @@ static ms_status sweeper_init(sweeper *s, const ms_problem *p, uint64_t seed, ms
   s->best = malloc(E * sizeof *s->best);
   s->name = malloc(R * sizeof *s->name);
   s->stale = malloc(L * sizeof *s->stale);
-  if (!s->benefit || !s->cost || !s->price || !s->multiplier || !s->best_multiplier || !s->load || !s->key ||
-      !s->size || !s->order || !s->inner || !s->trial || !s->best || !s->name || !s->stale)
+  if (!s->benefit || !s->cost || !s->price || !s->multiplier || !s->best_multiplier || !s->load ||
+      !s->key || !s->size || !s->order || !s->inner || !s->trial || !s->best || !s->name ||
+      !s->stale)
     return ms_fail(err, MS_ENOMEM, "no memory to place %d experts on %d ranks", p->E, p->R);
   return MS_OK;
 }
@@ -123,7 +128,9 @@ static uint64_t draw(sweeper *s) {
   z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
   return z ^ (z >> 31);
 }
-static int32_t draw_below(sweeper *s, int32_t n) { return (int32_t)((draw(s) >> 33) % (uint64_t)n); }
+static int32_t draw_below(sweeper *s, int32_t n) {
+  return (int32_t)((draw(s) >> 33) % (uint64_t)n);
+}
 
 // ---- one layer ------------------------------------------------------------------------------------------------------
 
@@ -160,7 +167,8 @@ static int64_t relief(int64_t excess, int64_t less, int64_t load, int64_t cap) {
 
 // Exchange experts of overloaded ranks, least hops lost for each slot of relief first, until no rank is over the cap.
 // Given up (false) when stuck, or when `value`, the hops that stay, falls to `least`. benefit NULL: hops do not matter.
-static bool repair(ms_layer *layer, int64_t cap, const int64_t *benefit, int64_t value, int64_t least) {
+static bool repair(ms_layer *layer, int64_t cap, const int64_t *benefit, int64_t value,
+                   int64_t least) {
   const int32_t n = layer->n, R = layer->R;
   for (int32_t round = 0; round < 4 * n && value > least; round++) {
     if (!overload(layer, cap)) return true;
@@ -175,7 +183,8 @@ static bool repair(ms_layer *layer, int64_t cap, const int64_t *benefit, int64_t
         if (!ms_layer_may_move(layer, i, b)) continue;
         const int64_t gained = relief(excess, weight, layer->load[b], cap);
         const double lost = row ? (double)(row[a] - row[b]) : 0;
-        if (gained <= 0 || (item >= 0 && lost * best_gained >= best_lost * (double)gained)) continue;
+        if (gained <= 0 || (item >= 0 && lost * best_gained >= best_lost * (double)gained))
+          continue;
         best_lost = lost, best_gained = (double)gained, item = i, other = -1, to = b;
       }
       for (int32_t j = 0; j < n; j++) {
@@ -241,7 +250,8 @@ static int64_t solve(sweeper *s, int32_t l, int32_t steps, int32_t *best, int64_
   for (int32_t k = 0; k < steps; k++) {
     for (int32_t i = 0; i < n; i++)
       for (int32_t r = 0; r < R; r++)
-        s->cost[(int64_t)i * R + r] = multiplier[r] * weight[i] - s->benefit[(int64_t)i * R + r] * scale;
+        s->cost[(int64_t)i * R + r] =
+            multiplier[r] * weight[i] - s->benefit[(int64_t)i * R + r] * scale;
     double dual = -(double)ms_assign(s->assigner, s->cost, n, price, s->inner);
     for (int32_t r = 0; r < R; r++) dual += (double)multiplier[r] * (double)cap;
     ms_layer layer = layer_of(s, l, s->inner);
@@ -262,7 +272,9 @@ static int64_t solve(sweeper *s, int32_t l, int32_t steps, int32_t *best, int64_
     if (best) {
       memcpy(s->trial, s->inner, (size_t)n * sizeof *s->trial);
       layer.owner = s->trial;
-      int64_t found = repair(&layer, cap, s->benefit, value_of(&layer, s->benefit), repaired) ? value_of(&layer, s->benefit) : -1;
+      int64_t found = repair(&layer, cap, s->benefit, value_of(&layer, s->benefit), repaired)
+                          ? value_of(&layer, s->benefit)
+                          : -1;
       if (found > repaired) {
         repaired = found;
         improve(&layer, cap, s->benefit);
@@ -274,7 +286,8 @@ static int64_t solve(sweeper *s, int32_t l, int32_t steps, int32_t *best, int64_
       }
     }
     double gap = least - (double)*value * (double)scale;
-    if (gap < (double)scale || slope == 0) break; // less than one hop is missing; or these owners need no multiplier
+    if (gap < (double)scale || slope == 0)
+      break; // less than one hop is missing; or these owners need no multiplier
     if (idle == 3) {
       step /= 2;
       idle = 0;
@@ -373,7 +386,8 @@ static void start_at_random(sweeper *s, int32_t *owner) {
 // Exchange a few pairs of experts within the cap in one to three layers.
 static void kick(sweeper *s, int32_t *owner) {
   const ms_problem *p = s->p;
-  const int32_t width = 1 + draw_below(s, p->L < 3 ? p->L : 3), first = draw_below(s, p->L - width + 1);
+  const int32_t width = 1 + draw_below(s, p->L < 3 ? p->L : 3),
+                first = draw_below(s, p->L - width + 1);
   for (int32_t l = first; l < first + width; l++) {
     const int64_t row = (int64_t)l * p->E;
     const int32_t n = p->n[l];

@@ -16,19 +16,21 @@ static void hops_drop(PyObject *capsule) {
   free(hops);
 }
 
-PyDoc_STRVAR(count_doc,
-             "count_hops($module, /, paths, num_experts)\n--\n\n"
-             "Count the hops between experts of consecutive layers.\n\n"
-             "Args:\n"
-             "    paths: [T, L, K] int32, the experts of each token in each layer; -1: none. T at least 1.\n"
-             "    num_experts: number of experts E of a layer.\n\n"
-             "Returns:\n"
-             "    A capsule for hops_table, hops_totals, place and place_measure. A token with K choices in both "
-             "layers makes\n"
-             "    K * K hops.\n\n"
-             "Raises:\n"
-             "    RangeError: an expert outside -1..E-1; says token and layer.\n"
-             "    ShapeError, DTypeError: not [T, L, K] int32.\n");
+PyDoc_STRVAR(
+    count_doc,
+    "count_hops($module, /, paths, num_experts)\n--\n\n"
+    "Count the hops between experts of consecutive layers.\n\n"
+    "Args:\n"
+    "    paths: [T, L, K] int32, the experts of each token in each layer; -1: none. T at least 1.\n"
+    "    num_experts: number of experts E of a layer.\n\n"
+    "Returns:\n"
+    "    A capsule for hops_table, hops_totals, place and place_measure. A token with K choices in "
+    "both "
+    "layers makes\n"
+    "    K * K hops.\n\n"
+    "Raises:\n"
+    "    RangeError: an expert outside -1..E-1; says token and layer.\n"
+    "    ShapeError, DTypeError: not [T, L, K] int32.\n");
 
 static PyObject *count_hops(PyObject *module, PyObject *args, PyObject *kwargs) {
   static char *names[] = {"paths", "num_experts", NULL};
@@ -36,9 +38,11 @@ static PyObject *count_hops(PyObject *module, PyObject *args, PyObject *kwargs) 
   PyObject *paths = NULL, *capsule = NULL;
   long long experts;
   int32_t E;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OL:count_hops", names, &paths, &experts)) return NULL;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OL:count_hops", names, &paths, &experts))
+    return NULL;
   if (!core_int32(state, "num_experts", experts, &E)) return NULL;
-  array_need need = {.name = "paths", .type = NPY_INT32, .ndim = 3, .shape = {-1, -1, -1}, .dims = "T, L, K"};
+  array_need need = {
+      .name = "paths", .type = NPY_INT32, .ndim = 3, .shape = {-1, -1, -1}, .dims = "T, L, K"};
   PyArrayObject *array = array_take(state, paths, &need);
   if (!array) return NULL;
   ms_hops *hops = calloc(1, sizeof *hops);
@@ -46,13 +50,13 @@ static PyObject *count_hops(PyObject *module, PyObject *args, PyObject *kwargs) 
   if (!hops) {
     PyErr_NoMemory();
   } else if (L > MS_MAX_LAYERS || K > MS_MAX_CHOICES) {
-    core_fail(state, MS_ESHAPE, "paths: got %zd layers and %zd choices, expected at most %d and %d", L, K,
-              MS_MAX_LAYERS, MS_MAX_CHOICES);
+    core_fail(state, MS_ESHAPE, "paths: got %zd layers and %zd choices, expected at most %d and %d",
+              L, K, MS_MAX_LAYERS, MS_MAX_CHOICES);
   } else {
     ms_error err;
     PyThreadState *gil = PyEval_SaveThread();
-    ms_status status = ms_hops_count(PyArray_DATA(array), PyArray_DIM(array, 0), (int32_t)L, (int32_t)K, E,
-                                     hops, &err);
+    ms_status status = ms_hops_count(PyArray_DATA(array), PyArray_DIM(array, 0), (int32_t)L,
+                                     (int32_t)K, E, hops, &err);
     PyEval_RestoreThread(gil);
     if (status == MS_OK) capsule = PyCapsule_New(hops, HOPS, hops_drop);
     if (status != MS_OK) core_raise(state, &err);
@@ -65,8 +69,9 @@ static PyObject *count_hops(PyObject *module, PyObject *args, PyObject *kwargs) 
   return capsule;
 }
 
-PyDoc_STRVAR(table_doc, "hops_table($module, hops, /)\n--\n\n"
-                        "Hops from each expert of a layer to each of the next: [L - 1, E, E] int64.\n");
+PyDoc_STRVAR(table_doc,
+             "hops_table($module, hops, /)\n--\n\n"
+             "Hops from each expert of a layer to each of the next: [L - 1, E, E] int64.\n");
 
 static PyObject *hops_table(PyObject *module, PyObject *capsule) {
   (void)module;
@@ -111,16 +116,17 @@ static void placing_free(placing *p) {
 }
 
 // -1 with an exception set; to be freed all the same.
-static int take_placing(core_state *state, PyObject *counts, long long ranks, double slack, PyObject *hops,
-                        PyObject *apart, placing *out) {
+static int take_placing(core_state *state, PyObject *counts, long long ranks, double slack,
+                        PyObject *hops, PyObject *apart, placing *out) {
   *out = (placing){.spec.slack = slack};
-  array_need need = {.name = "counts", .type = NPY_INT64, .ndim = 2, .shape = {-1, -1}, .dims = "L, E"};
+  array_need need = {
+      .name = "counts", .type = NPY_INT64, .ndim = 2, .shape = {-1, -1}, .dims = "L, E"};
   if (!core_int32(state, "ranks", ranks, &out->spec.R)) return -1;
   if (!(out->counts = array_take(state, counts, &need))) return -1;
   npy_intp L = PyArray_DIM(out->counts, 0), E = PyArray_DIM(out->counts, 1);
   if (L > MS_MAX_LAYERS || E > MS_MAX_EXPERTS) {
-    core_fail(state, MS_ESHAPE, "counts: got [%zd, %zd], expected at most [%d, %d]", L, E, MS_MAX_LAYERS,
-              MS_MAX_EXPERTS);
+    core_fail(state, MS_ESHAPE, "counts: got [%zd, %zd], expected at most [%d, %d]", L, E,
+              MS_MAX_LAYERS, MS_MAX_EXPERTS);
     return -1;
   }
   out->spec.L = (int32_t)L;
@@ -128,33 +134,36 @@ static int take_placing(core_state *state, PyObject *counts, long long ranks, do
   out->spec.counts = PyArray_DATA(out->counts);
   if (hops != Py_None && !(out->spec.hops = PyCapsule_GetPointer(hops, HOPS))) return -1;
   if (apart != Py_None) {
-    array_need same = {.name = "apart", .type = NPY_BOOL, .ndim = 2, .shape = {L, E}, .dims = "L, E"};
+    array_need same = {
+        .name = "apart", .type = NPY_BOOL, .ndim = 2, .shape = {L, E}, .dims = "L, E"};
     if (!(out->apart = array_take(state, apart, &same))) return -1;
     out->spec.apart = PyArray_DATA(out->apart);
   }
   return 0;
 }
 
-PyDoc_STRVAR(
-    place_doc,
-    "place($module, /, method, counts, ranks, slack=0.02, hops=None, apart=None, starts=4, seed=0)\n--\n\n"
-    "Give each expert of each layer whole to one rank.\n\n"
-    "Args:\n"
-    "    method: \"contiguous\", \"balanced\", \"two-stage\", \"sweep\" or \"exact\" (csrc/plan/placement.h).\n"
-    "    counts: [L, E] integers, slots (token, choice) of each expert.\n"
-    "    ranks: number of ranks R.\n"
-    "    slack: how much heavier than the bound a rank may be: 0.02 is 2 %.\n"
-    "    hops: of count_hops. None: only balance is known.\n"
-    "    apart: [L, E] bool, experts that get no rank. None: all get one.\n"
-    "    starts, seed: of sweep.\n\n"
-    "Returns:\n"
-    "    [L, E] int32, the rank of each expert, -1 for those apart.\n\n"
-    "Raises:\n"
-    "    ArgumentError: an unknown method, a size out of range, or a case too large for \"exact\".\n"
-    "    ShapeError, RangeError: counts or hops that do not fit.\n");
+PyDoc_STRVAR(place_doc, "place($module, /, method, counts, ranks, slack=0.02, hops=None, "
+                        "apart=None, starts=4, seed=0)\n--\n\n"
+                        "Give each expert of each layer whole to one rank.\n\n"
+                        "Args:\n"
+                        "    method: \"contiguous\", \"balanced\", \"two-stage\", \"sweep\" or "
+                        "\"exact\" (csrc/plan/placement.h).\n"
+                        "    counts: [L, E] integers, slots (token, choice) of each expert.\n"
+                        "    ranks: number of ranks R.\n"
+                        "    slack: how much heavier than the bound a rank may be: 0.02 is 2 %.\n"
+                        "    hops: of count_hops. None: only balance is known.\n"
+                        "    apart: [L, E] bool, experts that get no rank. None: all get one.\n"
+                        "    starts, seed: of sweep.\n\n"
+                        "Returns:\n"
+                        "    [L, E] int32, the rank of each expert, -1 for those apart.\n\n"
+                        "Raises:\n"
+                        "    ArgumentError: an unknown method, a size out of range, or a case too "
+                        "large for \"exact\".\n"
+                        "    ShapeError, RangeError: counts or hops that do not fit.\n");
 
 static PyObject *place(PyObject *module, PyObject *args, PyObject *kwargs) {
-  static char *names[] = {"method", "counts", "ranks", "slack", "hops", "apart", "starts", "seed", NULL};
+  static char *names[] = {"method", "counts", "ranks", "slack", "hops",
+                          "apart",  "starts", "seed",  NULL};
   core_state *state = PyModule_GetState(module);
   const char *method = NULL;
   PyObject *counts = NULL, *hops = Py_None, *apart = Py_None, *owner = NULL;
@@ -164,8 +173,8 @@ static PyObject *place(PyObject *module, PyObject *args, PyObject *kwargs) {
   int32_t first;
   placing p = {0};
   ms_error err;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sOL|dOOLK:place", names, &method, &counts, &ranks, &slack,
-                                   &hops, &apart, &starts, &seed))
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sOL|dOOLK:place", names, &method, &counts, &ranks,
+                                   &slack, &hops, &apart, &starts, &seed))
     return NULL;
   if (!core_int32(state, "starts", starts, &first)) return NULL;
   if (take_placing(state, counts, ranks, slack, hops, apart, &p)) goto done;
@@ -184,8 +193,9 @@ static PyObject *place(PyObject *module, PyObject *args, PyObject *kwargs) {
   else if (!strcmp(method, "exact"))
     status = ms_place_exact(&p.spec, to, &err);
   else
-    status = ms_fail(&err, MS_EINVAL,
-                     "method: got '%.40s', expected contiguous, balanced, two-stage, sweep or exact", method);
+    status = ms_fail(
+        &err, MS_EINVAL,
+        "method: got '%.40s', expected contiguous, balanced, two-stage, sweep or exact", method);
   PyEval_RestoreThread(gil);
   if (status != MS_OK) {
     Py_CLEAR(owner);
@@ -196,22 +206,25 @@ done:
   return owner;
 }
 
-PyDoc_STRVAR(measure_doc,
-             "place_measure($module, /, owner, counts, ranks, slack=0.02, hops=None, apart=None, gap=True)\n--\n\n"
-             "What a placement is worth.\n\n"
-             "Args:\n"
-             "    owner: [L, E] int32, as place returns.\n"
-             "    counts, ranks, slack, hops, apart: as of place.\n"
-             "    gap: prove how good each layer is, which takes the longest.\n\n"
-             "Returns:\n"
-             "    (load [L, R] int64: slots of each rank; bound [L] float64: max(mean, hottest expert), no rank can "
-             "always be\n"
-             "    below; cap [L] int64: what slack allows; local [L - 1] int64: hops that stay on their rank; most "
-             "[L - 1] int64:\n"
-             "    no placement has more; gap [L] int64: what changing one layer alone could save at most).\n\n"
-             "Raises:\n"
-             "    ArgumentError: an owner that is no rank.\n"
-             "    ShapeError, RangeError: arrays that do not fit.\n");
+PyDoc_STRVAR(measure_doc, "place_measure($module, /, owner, counts, ranks, slack=0.02, hops=None, "
+                          "apart=None, gap=True)\n--\n\n"
+                          "What a placement is worth.\n\n"
+                          "Args:\n"
+                          "    owner: [L, E] int32, as place returns.\n"
+                          "    counts, ranks, slack, hops, apart: as of place.\n"
+                          "    gap: prove how good each layer is, which takes the longest.\n\n"
+                          "Returns:\n"
+                          "    (load [L, R] int64: slots of each rank; bound [L] float64: "
+                          "max(mean, hottest expert), no rank can "
+                          "always be\n"
+                          "    below; cap [L] int64: what slack allows; local [L - 1] int64: hops "
+                          "that stay on their rank; most "
+                          "[L - 1] int64:\n"
+                          "    no placement has more; gap [L] int64: what changing one layer alone "
+                          "could save at most).\n\n"
+                          "Raises:\n"
+                          "    ArgumentError: an owner that is no rank.\n"
+                          "    ShapeError, RangeError: arrays that do not fit.\n");
 
 static PyObject *place_measure(PyObject *module, PyObject *args, PyObject *kwargs) {
   static char *names[] = {"owner", "counts", "ranks", "slack", "hops", "apart", "gap", NULL};
@@ -224,12 +237,13 @@ static PyObject *place_measure(PyObject *module, PyObject *args, PyObject *kwarg
   int with_gap = 1;
   placing p = {0};
   ms_error err;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOL|dOOp:place_measure", names, &like, &counts, &ranks,
-                                   &slack, &hops, &apart, &with_gap))
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOL|dOOp:place_measure", names, &like, &counts,
+                                   &ranks, &slack, &hops, &apart, &with_gap))
     return NULL;
   if (take_placing(state, counts, ranks, slack, hops, apart, &p)) goto done;
   const int32_t L = p.spec.L;
-  array_need need = {.name = "owner", .type = NPY_INT32, .ndim = 2, .shape = {L, p.spec.E}, .dims = "L, E"};
+  array_need need = {
+      .name = "owner", .type = NPY_INT32, .ndim = 2, .shape = {L, p.spec.E}, .dims = "L, E"};
   if (!(owner = array_take(state, like, &need))) goto done;
   if (p.spec.R < 1) { // before an array of that size is made
     core_fail(state, MS_EINVAL, "ranks: got %d, expected at least 1", p.spec.R);
@@ -268,18 +282,18 @@ done:
   return result;
 }
 
-PyDoc_STRVAR(assign_doc,
-             "assign($module, cost, /)\n--\n\n"
-             "Put items into bins of equal size at least cost, exactly.\n\n"
-             "Args:\n"
-             "    cost: [n, R] integers, of magnitude up to 2^60 / (R + 2).\n\n"
-             "Returns:\n"
-             "    (owner [n] int32: the bin of each item, floor(n/R) or ceil(n/R) items in each bin; total cost).\n\n"
-             "Raises:\n"
-             "    ShapeError, DTypeError, RangeError: costs that cannot be used.\n\n"
-             "Example:\n"
-             "    >>> assign([[1, 5], [2, 9]])\n"
-             "    (array([1, 0], dtype=int32), 7)\n");
+PyDoc_STRVAR(assign_doc, "assign($module, cost, /)\n--\n\n"
+                         "Put items into bins of equal size at least cost, exactly.\n\n"
+                         "Args:\n"
+                         "    cost: [n, R] integers, of magnitude up to 2^60 / (R + 2).\n\n"
+                         "Returns:\n"
+                         "    (owner [n] int32: the bin of each item, floor(n/R) or ceil(n/R) "
+                         "items in each bin; total cost).\n\n"
+                         "Raises:\n"
+                         "    ShapeError, DTypeError, RangeError: costs that cannot be used.\n\n"
+                         "Example:\n"
+                         "    >>> assign([[1, 5], [2, 9]])\n"
+                         "    (array([1, 0], dtype=int32), 7)\n");
 
 static PyObject *assign(PyObject *module, PyObject *like) {
   core_state *state = PyModule_GetState(module);
@@ -287,20 +301,21 @@ static PyObject *assign(PyObject *module, PyObject *like) {
   ms_assigner *assigner = NULL;
   int64_t *price = NULL;
   ms_error err;
-  array_need need = {.name = "cost", .type = NPY_INT64, .ndim = 2, .shape = {-1, -1}, .dims = "n, R"};
+  array_need need = {
+      .name = "cost", .type = NPY_INT64, .ndim = 2, .shape = {-1, -1}, .dims = "n, R"};
   PyArrayObject *cost = array_take(state, like, &need);
   if (!cost) return NULL;
   npy_intp n = PyArray_DIM(cost, 0), R = PyArray_DIM(cost, 1);
   const int64_t *data = PyArray_DATA(cost), limit = MS_MAX_COST / ((int64_t)R + 2);
   if (n > MS_MAX_EXPERTS || R > MS_MAX_RANKS) {
-    core_fail(state, MS_ESHAPE, "cost: got [%zd, %zd], expected at most [%d, %d]", n, R, MS_MAX_EXPERTS,
-              MS_MAX_RANKS);
+    core_fail(state, MS_ESHAPE, "cost: got [%zd, %zd], expected at most [%d, %d]", n, R,
+              MS_MAX_EXPERTS, MS_MAX_RANKS);
     goto done;
   }
   for (npy_intp i = 0; i < n * R; i++)
     if (data[i] > limit || data[i] < -limit) {
-      core_fail(state, MS_ERANGE, "cost: got %lld, expected magnitudes up to %lld", (long long)data[i],
-                (long long)limit);
+      core_fail(state, MS_ERANGE, "cost: got %lld, expected magnitudes up to %lld",
+                (long long)data[i], (long long)limit);
       goto done;
     }
   if (!(owner = array_new(NPY_INT32, 1, n, 0))) goto done;
@@ -326,11 +341,13 @@ done:
 }
 
 static PyMethodDef functions[] = {
-    {"count_hops", (PyCFunction)(void (*)(void))count_hops, METH_VARARGS | METH_KEYWORDS, count_doc},
+    {"count_hops", (PyCFunction)(void (*)(void))count_hops, METH_VARARGS | METH_KEYWORDS,
+     count_doc},
     {"hops_table", hops_table, METH_O, table_doc},
     {"hops_totals", hops_totals, METH_O, totals_doc},
     {"place", (PyCFunction)(void (*)(void))place, METH_VARARGS | METH_KEYWORDS, place_doc},
-    {"place_measure", (PyCFunction)(void (*)(void))place_measure, METH_VARARGS | METH_KEYWORDS, measure_doc},
+    {"place_measure", (PyCFunction)(void (*)(void))place_measure, METH_VARARGS | METH_KEYWORDS,
+     measure_doc},
     {"assign", assign, METH_O, assign_doc},
     {0}};
 

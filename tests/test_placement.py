@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Placement of whole experts: against brute force, its own bounds, unseen tokens, and models that run it."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from switch_models import batch, switch_model
+from workers import on_ranks
+
+import moeshard
+from moeshard import ArgumentError, DTypeError, Placement, RangeError, ShapeError, TokenPaths, _core, place
+from moeshard.layer import sharded_layers
+
+METHODS = ["contiguous", "balanced", "two-stage", "sweep", "exact"]
+
+
+def correlated(tokens, layers, experts, follow, seed=0, choices=1):
+    """Paths of tokens with a topic, which a share `follow` of the choices goes by: in each layer another expert."""
+    rng = np.random.default_rng(seed)
+    topic = rng.integers(0, experts, tokens)
+    found = np.empty((tokens, layers, choices), np.int32)
+    for layer in range(layers):
+        expert_of = rng.permutation(experts)
+        for choice in range(choices):
+            chosen = np.where(rng.random(tokens) < follow, expert_of[topic], rng.integers(0, experts, tokens))
+            found[:, layer, choice] = (chosen + choice) % experts
+    return TokenPaths(found, experts)
+
+
+def every_owner(experts, ranks):
+    """All placements of a layer with floor(E/R) or ceil(E/R) experts a rank."""
+    for owner in itertools.product(range(ranks), repeat=experts):
+        held = np.bincount(owner, minlength=ranks)
+        if held.min() >= experts // ranks and held.max() <= -(-experts // ranks):
+            yield np.array(owner)
+
+
+def local_hops(owner, transitions):
+    return [
+        int(table[owner[layer][:, None] == owner[layer + 1][None]].sum()) for layer, table in enumerate(transitions)
+    ]
+
+
+def check(placement, paths, ranks):
+    """What must hold whatever the method is."""
+    experts = paths.num_experts
+    for owner in placement.owner:
+        held = np.bincount(owner, minlength=ranks)
+        assert held.min() >= experts // ranks and held.max() <= -(-experts // ranks)
+    loads = np.stack([np.bincount(o, c, minlength=ranks) for o, c in zip(placement.owner, paths.counts, strict=True)])
+    np.testing.assert_array_equal(placement.loads, loads)
+    mean = paths.counts.sum(1) / ranks
+    np.testing.assert_allclose(placement.bound, np.maximum(mean, paths.counts.max(1)))
+    if placement.method != "contiguous":
+        assert (placement.loads.max(1) <= placement.cap + 1e-9).all()
+    if placement.hops is not None:
+        local = local_hops(placement.owner, paths.transitions)
+        assert placement.hops.local.tolist() == local
+        assert (placement.hops.local <= placement.hops.most).all()
+        assert (placement.hops.gap >= 0).all()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(2, 6), st.integers(1, 3), st.integers(1, 2))
+@settings(max_examples=40)
+def test_against_brute_force(seed, layers, experts, ranks, choices):
+    layers = min(layers, 2) if experts > 5 else layers
+    rng = np.random.default_rng(seed)
+    drops = rng.random((30, layers, choices)) < 0.1
+    found = np.where(drops, -1, rng.integers(0, experts, (30, layers, choices)) % rng.integers(1, experts + 1))
+    paths = TokenPaths(found, experts)
+    placements = {name: place(paths, ranks, method=name, held_out=False) for name in METHODS}
+    for placement in placements.values():
+        check(placement, paths, ranks)
+    cap, transitions = placements["exact"].cap, paths.transitions
+    allowed = [
+        [owner for owner in every_owner(experts, ranks) if np.bincount(owner, c, ranks).max() <= cap[layer] + 1e-9]
+        for layer, c in enumerate(paths.counts)
+    ]
+    best = max(sum(local_hops(owners, transitions)) for owners in itertools.product(*allowed))
+    assert sum(placements["exact"].hops.local) == best
+    free = [list(every_owner(experts, ranks)) for _ in range(layers)]
+    for layer, most in enumerate(placements["exact"].hops.most):
+        pairs = itertools.product(free[layer], free[layer + 1])
+        assert max(int(transitions[layer][a[:, None] == b[None]].sum()) for a, b in pairs) <= most
+    assert sum(placements["two-stage"].hops.local) <= sum(placements["sweep"].hops.local) <= best
+    # The gap of a layer bounds what changing it alone could win.
+    owner = placements["sweep"].owner
+    for layer, gap in enumerate(placements["sweep"].hops.gap):
+        here = sum(local_hops(owner, transitions))
+        for other in allowed[layer]:
+            changed = owner.copy()
+            changed[layer] = other
+            assert sum(local_hops(changed, transitions)) <= here + gap
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 8), st.integers(1, 3))
+@settings(max_examples=40)
+def test_assignment_is_the_cheapest(seed, items, bins):
+    cost = np.random.default_rng(seed).integers(-50, 50, (items, bins))
+    owner, total = _core.assign(cost)
+    every = np.arange(items)
+    assert total == cost[every, owner].sum() == min(cost[every, o].sum() for o in every_owner(items, bins))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_sweeps_are_near_the_best(seed):
+    experts, ranks = (8, 2) if seed % 2 else (16, 2)
+    paths = correlated(3000, 4, experts, 0.5 + 0.04 * seed, seed)
+    best, found = (place(paths, ranks, method=name, held_out=False) for name in ("exact", "sweep"))
+    assert (found.loads.max(1) <= found.cap).all()
+    assert sum(found.hops.local) <= sum(best.hops.local) <= 1.05 * sum(found.hops.local)
+
+
+def test_real_sizes_with_correlated_layers():
+    paths = correlated(20000, 12, 128, 0.6)
+    two, found = place(paths, 8, method="two-stage", held_out=False), place(paths, 8)
+    check(found, paths, 8)
+    assert found.remote <= 0.9 * two.remote
+    assert found.remote_held_out <= found.remote + 0.03
+    assert found.imbalance <= 1.02 * (found.bound / paths.counts.sum(1) * 8).max() + 1e-9
+
+
+def test_independent_layers_promise_nothing():
+    found = place(correlated(20000, 12, 128, 0.0), 8)
+    assert found.remote_contiguous - found.remote_held_out <= 0.05
+
+
+def test_equal_arguments_give_equal_placements():
+    paths = correlated(2000, 4, 16, 0.6, choices=2)
+    one, other = (place(paths, 4, seed=5) for _ in range(2))
+    np.testing.assert_array_equal(one.owner, other.owner)
+
+
+def test_counts_alone_balance_only():
+    counts = np.array([[7, 5, 4, 3, 1, 0], [10, 10, 10, 10, 10, 10]])
+    found = place(counts, 2)
+    assert found.hops is found.remote is None and found.loads.tolist() == [[10, 10], [30, 30]]
+    assert "only the load is balanced" in str(found)
+
+
+def test_an_unbalanceable_expert_is_named_and_can_be_cut():
+    counts = [[70, 10, 10, 10]]
+    assert place(counts, 2).unbalanceable[0].share == 0.7
+    cut = place(counts, 2, cut_unbalanceable=True)
+    assert cut.owner[0, 0] == -1 and cut.loads.tolist() in ([[45, 55]], [[55, 45]])
+    columns = cut.plans(9)["layer 0"].columns
+    assert columns[:, 0].tolist() in ([[0, 5], [5, 9]], [[0, 4], [4, 9]])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_tokens(method):
+    found = place(TokenPaths(np.empty((0, 2, 1), np.int32), 4), 2, method=method)
+    assert sorted(np.bincount(found.owner[0])) == [2, 2] and found.loads.sum() == 0
+
+
+def test_a_layer_alone_and_a_rank_alone():
+    paths = correlated(100, 1, 6, 0.5)
+    assert place(paths, 3).remote == 0
+    assert (place(paths, 1).owner == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"ranks": 0}, ArgumentError, "ranks: expected a positive integer, got 0"),
+        ({"method": "best"}, ArgumentError, "method: expected one of contiguous, .*got 'best'"),
+        ({"starts": 0}, ArgumentError, "starts"),
+        ({"slack": -0.1}, ArgumentError, "slack"),
+        ({"slack": float("nan")}, ArgumentError, "slack"),
+        ({"seed": -1}, ArgumentError, "seed"),
+        ({"routing": [[1.5, 2.0]]}, DTypeError, "routing: expected token paths, or counts of integers, got float64"),
+        ({"routing": [1, 2]}, ShapeError, r"routing: expected counts \[layers, experts\], got \[2\]"),
+        ({"routing": [[3, -1]]}, RangeError, "-1"),
+        ({"routing": [[1] * 400], "method": "exact"}, ArgumentError, "exact"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, message):
+    arguments = {"routing": correlated(50, 2, 4, 0.5), "ranks": 2, **change}
+    with pytest.raises(error, match=message):
+        place(arguments.pop("routing"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("experts", "error", "message"),
+    [
+        ([[[0.5]]], DTypeError, "experts: expected integers"),
+        ([[0]], ShapeError, r"experts: expected \[tokens, layers, choices\]"),
+        ([[[4]]], RangeError, r"experts\[0, 0, 0\]: got 4, expected -1 to 3"),
+    ],
+)
+def test_bad_paths_are_named(experts, error, message):
+    with pytest.raises(error, match=message):
+        TokenPaths(experts, 4)
+
+
+def test_files_come_back(tmp_path):
+    paths = correlated(200, 3, 8, 0.5)
+    paths.save(tmp_path / "paths.npz")
+    np.testing.assert_array_equal(TokenPaths.load(tmp_path / "paths.npz").experts, paths.experts)
+    found = place(paths, 2)
+    found.save(tmp_path / "placement.json")
+    back = Placement.load(tmp_path / "placement.json")
+    assert back.to_dict() == found.to_dict()
+    json.dumps(found.to_dict())
+    for name, cls in (("paths.npz", TokenPaths), ("placement.json", Placement)):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:40])
+        with pytest.raises(ArgumentError, match="that moeshard has saved|token paths"):
+            cls.load(tmp_path / name)
+
+
+def test_polish_is_never_worse():
+    pytest.importorskip("scipy")
+    paths = correlated(2000, 3, 12, 0.4)
+    plain, polished = (place(paths, 3, held_out=False, starts=1, polish=on) for on in (False, True))
+    check(polished, paths, 3)
+    assert sum(polished.hops.local) >= sum(plain.hops.local)
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_recorded_without_its_padding():
+    model, inputs = switch_model(), [batch(4, 9, seed=1), batch(2, 5, seed=2)]
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    paths = moeshard.record_routing(model, inputs)
+    assert paths.experts.shape == (sum(int(one["attention_mask"].sum()) for one in inputs), 2, 1)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    sharded = moeshard.shard(model, progress=False)
+    with torch.no_grad():
+        sharded(input_ids=inputs[0]["input_ids"][:, :3])
+    assert [name for name, _ in sharded_layers(sharded)] == list(paths.layers)
+    recorded = moeshard.record_routing(sharded, inputs)
+    np.testing.assert_array_equal(recorded.experts, paths.experts)
+
+
+def placed(group):
+    """Largest difference to the model unsharded, with every layer placed by what was recorded; who holds what."""
+    model, given = switch_model(expert_capacity=64), batch(4, 9, seed=group.rank)
+    with torch.no_grad():
+        expected = model(**given).last_hidden_state
+    paths = moeshard.record_routing(model, [batch(4, 9, seed=rank) for rank in range(group.size)])
+    found = place(paths, group.size, cut_unbalanceable=True)
+    moeshard.shard(model, group=group, plan=found.plans(37), progress=False)
+    with torch.no_grad():
+        output = model(**given).last_hidden_state
+    held = [(layer.plan.columns[:, :, 1] > layer.plan.columns[:, :, 0]).sum(0) for _, layer in sharded_layers(model)]
+    real = given["attention_mask"].bool()
+    worst = (output - expected)[real].abs().max() / expected.abs().max()
+    together = moeshard.record_routing(model, [given], gather=True)
+    return float(worst), found.owner, held, len(together)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_placed_model_computes_the_same(workers, ranks):
+    tokens = sum(int(batch(4, 9, seed=rank)["attention_mask"].sum()) for rank in range(ranks))
+    for worst, owner, held, together in on_ranks(workers, ranks, placed):
+        assert worst <= 1e-5
+        assert all(((o >= 0) <= (h == 1)).all() for o, h in zip(owner, held, strict=True))
+        assert together == tokens
+
+
+def test_plans_by_name_must_have_the_models_layers():
+    with pytest.raises(ArgumentError, match="plan: it has no layer 'encoder.block.1.layer.1.mlp'"):
+        moeshard.shard(switch_model(), plan=place([[1] * 8], 1).plans(37), progress=False)
