@@ -76,8 +76,8 @@ typedef struct ms_place_spec { // all borrowed
   int32_t L, E, R;
   const int64_t *counts; // [L, E] slots of each expert, 0 or more
   const ms_hops *hops;   // NULL: only balance is known
-  const uint8_t *
-      apart; // [L, E] 1: the expert is not placed (it is cut over all ranks), its owner is -1. NULL: all are
+  const uint8_t
+      *apart;   // [L, E] 1: not placed but cut over all ranks, owner -1. NULL: all are placed
   double slack; // 0 or more
 } ms_place_spec;
 
@@ -118,12 +118,10 @@ typedef struct ms_place_score { // arrays are the caller's; NULL where not wante
   int64_t *load;                // [L, R] slots of the placed experts
   double *bound;                // [L]
   int64_t *cap;                 // [L]
+  int64_t *local;               // [L-1] hops that stay on their rank; those of a cut expert do not
   int64_t
-      *local; // [L-1] hops that stay on their rank; to and from an expert without a rank none does
-  int64_t *
-      most; // [L-1] no placement has more local hops here: each expert with the experts that fit on its rank best
-  int64_t *
-      gap; // [L] hops that changing this layer alone could save at most (the Lagrangian dual less what it has)
+      *most; // [L-1] no placement has more: each expert with the experts that fit on its rank best
+  int64_t *gap; // [L] what changing this layer alone could save at most: a Lagrangian dual
 } ms_place_score;
 
 // What a placement is worth. Without hops local, most and gap are zero.
