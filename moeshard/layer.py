@@ -32,7 +32,7 @@ class ShardedExperts(nn.Module):
     :func:`moeshard.shard` puts one in the place of every MoE layer of a model; :meth:`from_weights` makes one from
     tensors. Inference only. The packed weights are no parameters: ``state_dict()`` raises, :func:`moeshard.state_dict`
     gathers them. ``copy.deepcopy`` gives a layer that computes with the same packed weights (they never change), with
-    hooks and (on CPUs) counts of its own. ``to(dtype)`` stores the weights anew, if they had the model's dtype; the device stays.
+    hooks and (on CPUs) counts of its own. ``to(dtype)`` stores the weights anew, if they had the model's dtype.
 
     The device of the packed weights decides which engine runs: on ``cuda`` a layer is enqueued on the current stream.
 
