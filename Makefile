@@ -5,6 +5,8 @@ TORCH ?= torch==2.13.0
 DEMO ?=
 BENCH ?=
 PYTEST ?=
+# Compiling the CUDA engine takes minutes: not here where there is no NVIDIA driver, even if there is an nvcc.
+export MOESHARD_CUDA ?= $(if $(wildcard /proc/driver/nvidia),auto,0)
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -21,6 +23,7 @@ KERNELS := csrc/kernels/kernels.c# compiled once per instruction set
 CORE := $(filter-out $(KERNELS),$(wildcard csrc/*.c csrc/base/*.c csrc/plan/*.c csrc/exchange/*.c csrc/kernels/*.c))
 BINDING := $(wildcard csrc/python/*.c)
 CUDA := $(wildcard cuda/*.c cuda/*.h cuda/*.cu cuda/*.cuh cuda/*/*.[ch])
+EXAMPLES := $(wildcard docs/examples/*.c)
 
 .PHONY: help
 help: ## this list
@@ -49,11 +52,18 @@ $(OLD)/.installed: | .venv/.packages
 	  "huggingface_hub<1.0" "tokenizers<0.23" requests urllib3 charset-normalizer idna certifi
 	touch $@
 
-# DeepSpeed, a rival: the pyproject.toml extra `compare`. Built against the torch that is there, without its compiled
-# operations, none of which its MoE layer calls.
+# The packages of an extra of pyproject.toml.
+extra = $$($(PY) -c 'import tomllib; \
+  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"])')
+
+# DeepSpeed, a rival. Built against the torch that is there, without its compiled operations, none of which its MoE layer
+# calls.
 .venv/.compare: .venv/.packages
-	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(PIP) install --quiet --no-build-isolation "$(TORCH)" $$($(PY) -c 'import tomllib; \
-	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["compare"])')
+	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(PIP) install --quiet --no-build-isolation "$(TORCH)" $(call extra,compare)
+	touch $@
+
+.venv/.docs .venv/.wheel: .venv/.%: .venv/.packages
+	$(PIP) install --quiet $(call extra,$*)
 	touch $@
 
 # ---- what it is for -----------------------------------------------------------------------------
@@ -63,8 +73,16 @@ demo: build ## a Switch encoder over 2 ranks on real English; DEMO="--experts 64
 	$(PY) -m moeshard demo $(DEMO)
 
 .PHONY: notebooks
-notebooks: build ## run the notebooks
-	$(PY) -m pytest --nbmake --nbmake-timeout=300 notebooks
+notebooks: build .venv/.compare ## run the notebooks; installs DeepSpeed, which one of them compares with
+	$(PY) -m pytest --nbmake --nbmake-timeout=120 --durations=0 notebooks
+
+.PHONY: docs pictures
+docs: build .venv/.docs ## the documentation site: build/docs/index.html
+	$(PY) -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo build/docs/index.html
+pictures: build .venv/.compare ## draw docs/images again: figures, and what the notebooks show
+	$(PY) docs/draw.py
+	$(PY) docs/draw_notebooks.py
 
 .PHONY: bench bench-quick
 bench: build .venv/.compare ## moeshard and its rivals side by side, all cases: 40 minutes; results in benchmarks/results
@@ -115,14 +133,32 @@ build/$(1)/kernels-%.o: $(KERNELS) $(HEADERS)
 	$(CC) -std=gnu11 -O2 -g -fno-var-tracking-assignments $(WARNINGS) $$(FLAGS_$(1)) $$(FLAGS_$$*) -DMS_ISA=$$* -c $$< -o $$@
 build/$(1)/test_%: build/$(1)/tests/c/test_%.o $$(OBJECTS_$(1))
 	$(CC) $$(FLAGS_$(1)) $$^ -o $$@ -lpthread -lm -lrt
+build/$(1)/example_%: build/$(1)/docs/examples/%.o $$(OBJECTS_$(1))
+	$(CC) $$(FLAGS_$(1)) $$^ -o $$@ -lpthread -lm -lrt
 endef
 $(foreach sanitizer,asan tsan,$(eval $(call SANITIZED,$(sanitizer))))
 .SECONDARY:
 
 .PHONY: test-c test-c-asan test-c-tsan
 test-c: test-c-asan test-c-tsan ## the C core alone, under address, undefined and thread sanitizers
-test-c-asan test-c-tsan: test-c-%: $(C_TESTS:tests/c/%.c=build/\%/%)
+test-c-asan test-c-tsan: test-c-%: $(C_TESTS:tests/c/%.c=build/\%/%) $(EXAMPLES:docs/examples/%.c=build/\%/example_%)
 	@for program in $^; do echo "$$program"; $(RUN_$*) $$program; done
+
+# ---- the C core for programs in C (docs/c_api.md) -------------------------------------------------
+
+.PHONY: library
+library: build/c/libmoeshard.a ## build/c/libmoeshard.a: the C core for programs in C; needs gcc only
+CFLAGS_c := -std=gnu11 -O3 -fPIC -pthread $(if $(findstring avx2,$(ISAS)),,-DMS_ONLY_GENERIC)
+build/c/%.o: %.c $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS_c) -ffp-contract=off -Icsrc -c $< -o $@
+build/c/kernels-%.o: $(KERNELS) $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS_c) -ffp-contract=fast $(FLAGS_$*) $(if $(findstring avx512,$*),-mprefer-vector-width=512) \
+	  -DMS_ISA=$* -c $< -o $@
+build/c/libmoeshard.a: $(CORE:%.c=build/c/%.o) $(ISAS:%=build/c/kernels-%.o)
+	rm -f $@
+	$(AR) rcs $@ $^
 
 # ---- CUDA: on a GPU if this machine has one, else on ptxsim (tests/ptxsim/README.md) --------------
 
@@ -176,8 +212,8 @@ lint: build build/analyzer.h ## ruff, mypy, clang-format, gcc's warnings and ana
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy --strict moeshard
-	.venv/bin/clang-format --dry-run -Werror $(HEADERS) $(CORE) $(KERNELS) $(BINDING) $(wildcard cuda/*/*.[ch] tests/c/*.[ch])
-	gcc -std=gnu11 -fsyntax-only -O2 $(WARNINGS) $(CORE) -Icsrc $(C_TESTS)
+	.venv/bin/clang-format --dry-run -Werror $(HEADERS) $(CORE) $(KERNELS) $(BINDING) $(wildcard cuda/*/*.[ch] tests/c/*.[ch]) $(EXAMPLES)
+	gcc -std=gnu11 -fsyntax-only -O2 $(WARNINGS) $(CORE) -Icsrc $(C_TESTS) $(EXAMPLES)
 	gcc -std=gnu11 -fsyntax-only -O2 $(WARNINGS) $(BINDING) -Icsrc $$($(PY) -c 'import numpy, sysconfig; \
 	  print("-isystem", sysconfig.get_path("include"), "-isystem", numpy.get_include())')
 	for isa in $(ISAS); do \
@@ -197,15 +233,34 @@ build/analyzer.h: Makefile
 format: build ## let ruff and clang-format rewrite the sources
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	.venv/bin/clang-format -i $(HEADERS) $(CORE) $(KERNELS) $(BINDING) $(wildcard cuda/*/*.[ch] tests/c/*.[ch])
+	.venv/bin/clang-format -i $(HEADERS) $(CORE) $(KERNELS) $(BINDING) $(wildcard cuda/*/*.[ch] tests/c/*.[ch]) $(EXAMPLES)
 
 # ---- packages -----------------------------------------------------------------------------------
 
-.PHONY: sdist wheel
+.PHONY: sdist wheel test-wheel
 sdist: build ## dist/moeshard-*.tar.gz
 	$(PY) -m build --no-isolation --sdist
-wheel: build ## dist/moeshard-*.whl
-	$(PY) -m build --no-isolation --wheel
+
+# Other machines have no compiler, and an older C library: auditwheel names the oldest that will do in the wheel's name, and
+# abi3audit checks that every later CPython will. The CUDA runtime comes with torch and must not be packed in.
+wheel: build/wheel/.checked ## dist/moeshard-*-manylinux*.whl, for machines without a compiler (MOESHARD_CUDA=0: small)
+build/wheel/.checked: .venv/.built .venv/.wheel pyproject.toml README.md $(wildcard moeshard/*.py* moeshard/*/*.py)
+	rm -rf build/wheel dist/moeshard-*.whl
+	$(PY) -m build --no-isolation --wheel --outdir build/wheel
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m auditwheel repair --exclude 'libcudart.so.*' --wheel-dir dist build/wheel/*.whl
+	$(PY) -m abi3audit --strict --summary dist/moeshard-*.whl
+	@for wheel in dist/moeshard-*.whl; do echo "$$wheel: $$(( $$(stat -c %s $$wheel) / 1000 )) kB"; done
+	touch $@
+
+test-wheel: wheel ## install the wheel in an empty environment, and run the demo there without a compiler
+	rm -rf build/clean
+	$(PYTHON) -m venv build/clean
+	build/clean/bin/pip install --disable-pip-version-check --quiet "$(TORCH)"
+	build/clean/bin/pip install --disable-pip-version-check --quiet "$(TORCH)" "$$(ls $(CURDIR)/dist/moeshard-*.whl)[hf,demo]"
+	cd build/clean && env -i PATH="$(CURDIR)/build/clean/bin" OMP_WAIT_POLICY=passive bin/moeshard doctor
+	cd build/clean && env -i PATH="$(CURDIR)/build/clean/bin" HOME="$(CURDIR)/build/clean" \
+	  bin/moeshard demo --layers 4 --d-model 256 --d-ff 1024 --tokens 1024 --repeats 1
+	rm -rf build/clean
 
 .PHONY: clean
 clean: ## remove all that make has made

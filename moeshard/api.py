@@ -19,6 +19,7 @@ from .experts import ExpertWeights, Sizes, storage_name
 from .group import Group, init
 from .interrupts import interrupts_put_off
 from .layer import ShardedExperts, check_copies, is_replicated
+from .padding import Padding, counts_over_sequences, has_capacity, readers
 from .planner.results import ModelPlan
 from .plans import Plan, PlanChoice, plan_for
 from .streaming import Load, allocate, empty, pack_and_free, unpack_and_free
@@ -65,6 +66,7 @@ def shard(
     dtype: object = None,
     tokens: Literal["local", "replicated"] = "local",
     capacity: Capacity = "model",
+    skip_padding: bool = False,
     progress: bool = True,
 ) -> Model:
     """Cut the experts of every MoE layer of a model over the ranks, in place. Collective.
@@ -94,6 +96,9 @@ def shard(
         tokens: ``"local"``: each rank has its own batch; ``"replicated"``: all ranks hold the same.
         capacity: ``"model"``: tokens are dropped as the installed transformers version does; ``None``: never;
             an int: the model's rule with this capacity.
+        skip_padding: do not compute what the experts make of padding, as told by the ``attention_mask`` ``[B, S]`` of
+            integers or booleans that an encoder or decoder is called with. The outputs of all other tokens keep their
+            bits; padding's own change. See ``docs/padding.md``.
         progress: show a progress bar over the experts on rank 0, if tqdm is installed.
 
     Returns:
@@ -114,8 +119,17 @@ def shard(
     group = init() if group is None else group
     with torch.inference_mode(False), torch.no_grad():
         sites, replicated = prepare(model, group, plan, dtype, tokens, capacity)
+        group.agree({"skip_padding": str(bool(skip_padding))})
+        with group.all_or_none():
+            told_by = readers(model, [site.name for site in sites]) if skip_padding else []
+            trailing = any(has_capacity(site.block) for site in sites)
+            left_to_router = [counts_over_sequences(site.block) for site in sites]
         with interrupts_put_off():
             model, loads = replace_blocks(model, sites, group, capacity, replicated)
+            paddings = {reader: Padding(reader, trailing=trailing) for reader in dict.fromkeys(told_by)}
+            for reader, by_router, (_, original) in zip(told_by, left_to_router, _replaced(model), strict=False):
+                if not by_router:
+                    original.experts.padding = paddings[reader]
             sites.clear()  # they would keep the originals
             try:
                 pack_and_free(loads, progress and group.rank == 0)
@@ -197,6 +211,8 @@ def unshard(model: Model) -> Model:
             raise
         for places, original in sharded:
             original.adapter.restore(original.block)
+            if original.experts.padding is not None:
+                original.experts.padding.remove()
             model = put(model, places, original.block)
     return model
 
@@ -207,19 +223,23 @@ def originals(model: nn.Module) -> list[tuple[Places, Original]]:
     Raises:
         ArgumentError: there is none, or the plan has pruned experts, whose weights are gone.
     """
-    found = []
-    for _, places, module in _modules(model):
-        original: object = getattr(module, "moeshard_original", None)
-        if isinstance(original, Original):
-            pruned = np.flatnonzero(original.experts.plan.copies == 0).tolist()
-            if pruned:
-                raise _core.ArgumentError(
-                    f"model: the plan it was sharded with has pruned experts {pruned}: no rank has them"
-                )
-            found.append((places, original))
+    found = list(_replaced(model))
+    for _, original in found:
+        pruned = np.flatnonzero(original.experts.plan.copies == 0).tolist()
+        if pruned:
+            raise _core.ArgumentError(
+                f"model: the plan it was sharded with has pruned experts {pruned}: no rank has them"
+            )
     if not found:
         raise _core.ArgumentError("model: it is not sharded")
     return found
+
+
+def _replaced(model: nn.Module) -> Iterable[tuple[Places, Original]]:
+    for _, places, module in _modules(model):
+        original: object = getattr(module, "moeshard_original", None)
+        if isinstance(original, Original):
+            yield places, original
 
 
 def _sites(model: nn.Module, group: Group, plan: PlanChoice, dtype: object) -> list[Site]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from . import doctor, text
+from . import doctor, palette, text
 from .errors import ArgumentError
 from .plans import Plan
 
@@ -225,8 +225,6 @@ def plot(natural: Outcome, skewed: Outcome, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    # Okabe and Ito's colours: safe for colour-blind readers.
-    blue, orange, green, red, grey = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     work, time, load = figure.subplots(1, 3, width_ratios=(1.2, 0.9, 1.2))
     below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2, "frameon": False}
@@ -235,29 +233,34 @@ def plot(natural: Outcome, skewed: Outcome, path: Path) -> None:
     places = np.concatenate([np.arange(ranks), np.arange(ranks) + ranks + 0.6])
     sharded = natural.share_of_work + skewed.share_of_work
     dealt_out = natural.share_of_work_expert_parallel + skewed.share_of_work_expert_parallel
-    work.bar(places - 0.2, 100 * np.array(sharded), 0.4, color=blue, label="moeshard")
-    work.bar(places + 0.2, 100 * np.array(dealt_out), 0.4, color=orange, label="expert parallel")
-    work.axhline(100 / ranks, color=grey, linewidth=1, linestyle="--")
+    work.bar(places - 0.2, 100 * np.array(sharded), 0.4, label="moeshard", **palette.area(palette.BLUE))
+    work.bar(places + 0.2, 100 * np.array(dealt_out), 0.4, label="expert parallel", **palette.area(palette.ORANGE))
+    work.axhline(100 / ranks, color=palette.GREY, linewidth=1, linestyle="--")
     work.set_xticks(places, [str(rank) for rank in range(ranks)] * 2)
     work.set_xlabel("rank (left: router as it is, right: skewed router)")
     work.set_ylabel("share of the experts' work (%)")
     work.set_title("Work of each rank")
     work.legend(**below)
 
-    for offset, colour, label in ((-0.2, blue, "moeshard"), (0.2, grey, "HuggingFace")):
+    for offset, colour, label in ((-0.2, palette.BLUE, "moeshard"), (0.2, palette.GREY, "HuggingFace")):
         for place, outcome in enumerate((natural, skewed)):
             ours = label == "moeshard"
             passes = outcome.seconds_all if ours else outcome.seconds_hf_all
-            time.bar(place + offset, statistics.median(passes), 0.4, color=colour, label=None if place else label)
+            shown = None if place else label
+            time.bar(place + offset, statistics.median(passes), 0.4, label=shown, **palette.area(colour))
             time.plot([place + offset] * len(passes), passes, "k.", markersize=3)
     time.set_xticks([0, 1], ["router as it is", "skewed router"])
     time.set_ylabel("time of a forward pass (s)")
     time.set_title("Median (bars) and each pass (dots)")
     time.legend(**below)
 
-    for outcome, colour, label in ((natural, green, "router as it is"), (skewed, red, "skewed router")):
+    for outcome, colour, style, label in (
+        (natural, palette.GREEN, "-", "router as it is"),
+        (skewed, palette.RED, "--", "skewed router"),
+    ):
         tokens = np.mean(outcome.tokens_per_expert, axis=0)
-        load.stairs(tokens, np.arange(len(tokens) + 1) - 0.5, color=colour, label=label, linewidth=2)
+        edges = np.arange(len(tokens) + 1) - 0.5
+        load.stairs(tokens, edges, color=colour, linestyle=style, label=label, linewidth=2)
     load.set_ylim(bottom=0)
     load.xaxis.get_major_locator().set_params(integer=True)
     load.set_xlabel("expert")

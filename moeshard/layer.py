@@ -18,6 +18,7 @@ from . import _core, torch_op
 from .experts import ExpertWeights, PackedColumns, Stack, storage_name
 from .functional import without_grad
 from .group import Group, init
+from .padding import Padding
 from .plans import Plan, PlanChoice, plan_for
 from .threads import use_threads
 
@@ -32,7 +33,8 @@ class ShardedExperts(nn.Module):
     :func:`moeshard.shard` puts one in the place of every MoE layer of a model; :meth:`from_weights` makes one from
     tensors. Inference only. The packed weights are no parameters: ``state_dict()`` raises, :func:`moeshard.state_dict`
     gathers them. ``copy.deepcopy`` gives a layer that computes with the same packed weights (they never change), with
-    hooks and (on CPUs) counts of its own. ``to(dtype)`` stores the weights anew, if they had the model's dtype.
+    hooks and (on CPUs) counts of its own. ``to(dtype)`` stores the weights anew, if they had the model's dtype; the
+    device stays.
 
     The device of the packed weights decides which engine runs: on ``cuda`` a layer is enqueued on the current stream.
 
@@ -54,6 +56,7 @@ class ShardedExperts(nn.Module):
         slots: (token, choice) pairs seen so far, over all ranks. On CUDA they are counted on the device: reading this
             or ``counts`` waits for it.
         counts: ``[E]`` int64: how many of them each expert got. The others were dropped (index -1).
+        padding: which tokens of the forward pass that runs now are not computed. ``None``: all are.
         on_step: called with the name of each step when it begins, then with ``"done"``: :func:`moeshard.profile`. Not
             on CUDA, where the engine records.
         number: the layer's in this process, for ``torch.ops.moeshard.experts``.
@@ -74,6 +77,7 @@ class ShardedExperts(nn.Module):
         self.replicated = replicated
         self._slots = 0
         self._counts = np.zeros(packed.num_experts, np.int64)
+        self.padding: Padding | None = None
         self.on_step: Callable[[str], object] = unobserved
         self.number = torch_op.register(self)
         self.emptied: list[nn.Parameter] = []
@@ -178,6 +182,8 @@ class ShardedExperts(nn.Module):
 
     def run(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """:meth:`forward`, at once."""
+        if self.padding is not None:
+            top_k_index = self.padding.left_out(top_k_index)
         inputs, packed = (hidden_states, top_k_index, top_k_weights), self.packed
         if isinstance(packed, _core.PackedExperts):
             out = self._on_cpu(packed, *inputs)

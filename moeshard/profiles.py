@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
-from . import _core
+from . import _core, palette
 from .reports import ELEMENT_BYTES
 from .tables import Tabular
 from .threads import use_threads
@@ -226,22 +226,21 @@ class Profile(Tabular):
         time, *others = figure.subplots(1, 1 + measured, squeeze=False)[0]
         below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.3), "frameon": False}
         left = np.zeros(len(rows))
-        # Okabe and Ito's colours: safe for colour-blind readers.
-        for step, colour in zip(STEPS, ("#999999", "#E69F00", "#F0E442", "#0072B2", "#009E73"), strict=True):
+        for step in STEPS:
             width = np.array([1e3 * row.seconds[step] for row in rows])
-            time.barh(places, width, 0.6, left, color=colour, label=step)
+            time.barh(places, width, 0.6, left, label=step, **palette.area(palette.STEPS[step]))
             left += width
         time.set_xlabel(f"ms in {rows[0].calls} calls of {len(self.layers)} MoE layers")
         time.legend(ncols=5, **below)
         for limit in others:
             for offset, attribute, colour in (
-                (-0.25, "of_peak_flops", "#56B4E9"),
-                (0, "of_bandwidth", "#CC79A7"),
-                (0.25, "of_roofline", "#D55E00"),
+                (-0.25, "of_peak_flops", palette.SKY),
+                (0, "of_bandwidth", palette.PINK),
+                (0.25, "of_roofline", palette.RED),
             ):
                 shares = [100 * getattr(row, attribute) for row in rows]
-                limit.barh(places + offset, shares, 0.25, color=colour, label=attribute.replace("_", " "))
-            limit.axvline(100, color="#999999", linewidth=1, linestyle="--")
+                limit.barh(places + offset, shares, 0.25, label=attribute.replace("_", " "), **palette.area(colour))
+            limit.axvline(100, color=palette.GREY, linewidth=1, linestyle="--")
             limit.set_xlabel("ffn: % of what this rank can do at most")
             limit.legend(ncols=3, **below)
         for axes in (time, *others):

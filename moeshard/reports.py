@@ -29,7 +29,7 @@ class LayerReport:
         name: the layer's name in the model.
         plan: its layout.
         slots: (token, choice) pairs that came in, over all ranks and calls.
-        dropped: those without an expert.
+        dropped: those without an expert, padding that ``skip_padding`` left out among them.
         histogram: ``[E]`` int64: slots of each expert.
         share_of_work: ``[R]``: each rank's share under the layer's plan.
         share_of_work_expert_parallel: ``[R]``: the same if whole experts were dealt to the ranks.

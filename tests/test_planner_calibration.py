@@ -44,6 +44,9 @@ def test_doctor_calibrates_and_plan_uses_it(small, capsys):
         assert 0 < value < math.inf
     assert 0 < found.bandwidth_share <= 1
     assert moeshard.plan("switch-base-8", ranks=2, tokens=100).machine == found
+    assert main(["doctor", "--calibrate", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == json.loads(calibration_file().read_text()) and "GFLOP/s" in said.err
     document["isa"] = None
     calibration_file().write_text(json.dumps(document))
     assert moeshard.plan("switch-base-8", ranks=2, tokens=100).machine == found

@@ -3,9 +3,7 @@
 
 import io
 import json
-import re
 from itertools import pairwise
-from pathlib import Path
 from time import perf_counter_ns
 
 import pytest
@@ -433,12 +431,3 @@ def test_a_profile_without_records_says_so(tmp_path):
         with pytest.raises(moeshard.ArgumentError, match="nothing was recorded.*moeshard.profile"):
             show(tmp_path / "never")
     assert not list(tmp_path.iterdir())
-
-
-def test_the_documented_example_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    text = (Path(__file__).parent.parent / "docs/profile.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    exec(example, {})
-    assert "2 MoE layers on 1 rank" in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["profile.json", "profile.png"]

@@ -11,6 +11,7 @@ from workers import on_ranks
 
 import moeshard
 from moeshard import Plan
+from moeshard.tables import Tabular
 
 
 def reported(group):
@@ -61,3 +62,36 @@ def test_report_before_the_first_token_is_empty_and_legal():
 def test_report_of_a_model_that_is_not_sharded_says_so():
     with pytest.raises(moeshard.ArgumentError, match="not sharded.*moeshard.shard"):
         moeshard.report(switch_model())
+
+
+class Table(Tabular):
+    """Two rows, or none."""
+
+    columns = ("layer", "tokens", "of peak")
+
+    def __init__(self, rows=()):
+        self.rows = rows
+
+    def title(self):
+        return "more <than> none"
+
+    def cells(self):
+        return iter(self.rows)
+
+
+def test_numbers_stand_to_the_right_and_html_is_escaped():
+    table = Table([("<first>", "7", "-"), ("second", "1,234", "50%")])
+    assert str(table).splitlines() == [
+        "more <than> none",
+        "layer    tokens  of peak",
+        "<first>       7        -",
+        "second    1,234      50%",
+    ]
+    html = table._repr_html_()
+    assert "more &lt;than&gt; none" in html and "&lt;first&gt;" in html
+    assert html.count("text-align: left") == 3 and html.count("text-align: right") == 6
+
+
+def test_a_table_without_rows_has_its_heading():
+    assert str(Table()).splitlines() == ["more <than> none", "layer  tokens  of peak"]
+    assert Table()._repr_html_().count("<th ") == 3

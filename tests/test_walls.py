@@ -123,6 +123,7 @@ def test_every_source_file_names_its_licence() -> None:
         "moeshard.bench.encoder",
         "moeshard.cli",
         "moeshard.demo",
+        "moeshard.doctor",
         "moeshard.planner",
         "moeshard.planner.calibration",
         "moeshard.planner.command",

@@ -31,7 +31,7 @@ compile() {
 export -f compile
 export dir cuda
 rm -f "$dir"/objects/*
-ls cuda/*.cu cuda/*.c cuda/exchange/*.c csrc/base/*.c csrc/plan/*.c csrc/exchange/*.c csrc/reference.c csrc/step2_gather.c 2>/dev/null |
+ls cuda/*.cu cuda/*.c cuda/exchange/*.c csrc/base/*.c csrc/plan/*.c csrc/exchange/*.c csrc/reference.c csrc/layout.c csrc/step2_gather.c 2>/dev/null |
   xargs -P "$jobs" -I{} bash -c 'compile {}' 2>&1 | tee "$dir/objects/log"
 rm -f "$dir/libmoeshard.a"
 ar rcs "$dir/libmoeshard.a" "$dir"/objects/*.o

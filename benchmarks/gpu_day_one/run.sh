@@ -67,7 +67,8 @@ fragments() {
 
 tests_python() { # from elsewhere: here lies the source tree, which has no extensions
   cd "$logs" && PYTHONPATH="$bin/lib" "$python" -P -m pytest -q -rs -p no:cacheprovider -c "$root/pyproject.toml" \
-    --rootdir "$root" "$root/tests/cuda"
+    --rootdir "$root" "$root/tests/cuda" --ignore "$root/tests/cuda/test_budgets.py" \
+    --ignore "$root/tests/cuda/test_counters.py" # those two are for all targets and for ptxsim
 }
 
 plants() { # each planted bug must show: by results, or in a tool
@@ -98,7 +99,7 @@ done
 QUICK=$quick PYTHONPATH="$bin/lib" stage layers $((quick ? 80 : 150)) "$python" "$here/layers.py" \
   "$out/facts.json" "$out/layers.json"
 PYTHONPATH="$bin/lib" stage model 90 "$python" "$here/model.py" "$out/model.json"
-stage pytest $((quick ? 30 : 90)) bash -c tests_python
+stage pytest 120 bash -c tests_python
 for program in "$bin"/test_[!c]*; do
   stage "$(basename "$program")-repeat" 30 "$program" --repeat $((quick ? 200 : 1000))
 done

@@ -29,7 +29,7 @@ from . import Capacity, Family, activation_of, gate_of, refuse_training
 FAMILY = Family(
     name="every model with stacked experts: openai/privacy-filter, Mixtral, Qwen-MoE, gpt-oss, OLMoE, DeepSeek ...",
     replaces="the class decorated with `@use_experts_implementation`",
-    transformers="5",
+    transformers="5 (tried: 5.23, 5.14; 5.0 does not yet say how its experts lie: refused)",
     experts="with or without gate and biases; ReLU, GELU, SiLU, or gpt-oss's clamped SwiGLU",
     routing="the model's own",
     quirks=(

@@ -2,11 +2,12 @@
 """Switch Transformers of transformers 4.57 and of the 5 line: top-1 routing, capacity per sequence and expert.
 
 In both, the router returns a one-hot mask [B, S, E] with the row of a token beyond its expert's capacity all zero, the
-probability of the chosen expert [B, S, 1] and the logits [B, S, E]; a dropped token's output is exactly 0. The block
+probability of the chosen expert [B, S, 1] and the logits [B, S, E]; a dropped token's output is exactly 0. From 5.0 to
+5.17 the probability came first, and the mask was [B, S, 1, E], so that no token was ever beyond capacity. The block
 returns [B, S, D] in the 5 line and ([B, S, D], (logits, expert index [B, S])) in 4.57. The router is always called as a
 module, because the 5 line records logits by a hook on it.
 
-Source: transformers 5.23.0 and 4.57.6, modeling_switch_transformers.py.
+Source: transformers 5.23.0, 5.14.0, 5.0.0 and 4.57.6, modeling_switch_transformers.py.
 """
 
 import sys
@@ -24,7 +25,7 @@ from . import Capacity, Family, activation_of, refuse_training
 FAMILY = Family(
     name="Switch Transformers (google/switch-base-8 ... switch-c-2048)",
     replaces="`SwitchTransformersSparseMLP`",
-    transformers="5, 4.57",
+    transformers="5 (tried: 5.23, 5.14, 5.0), 4.57",
     experts="ReLU or GELU, no bias",
     routing="top-1; a token beyond `expert_capacity` of its sequence and expert is dropped",
     quirks=(
@@ -54,6 +55,8 @@ class ShardedSwitch(nn.Module):
         """Route [B, S, D] and send each token through its expert."""
         refuse_training(self, self.experts)
         mask, probability, logits = self.router(hidden_states)
+        if mask.is_floating_point():  # before 5.18
+            mask, probability = probability.flatten(-2), mask
         kept, choice = mask.max(dim=-1)  # of an all-zero row: 0, and index 0 as HF's argmax gives
         index = torch.where(kept.bool(), choice, -1)
         output = self.experts(hidden_states, index.unsqueeze(-1), probability)

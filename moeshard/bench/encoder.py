@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import doctor
+from .. import doctor, palette
 from ..errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -244,8 +244,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    # Okabe and Ito's colours: safe for colour-blind readers.
-    colours = {"hf": "#999999", "deepspeed": "#E69F00", "moeshard": "#0072B2"}
+    colours = {"hf": palette.GREY, "deepspeed": palette.RED, "moeshard": palette.BLUE}
     encoders = sorted({(row.experts, row.ranks, row.moe_layers, row.layers) for row in rows})
     figure = Figure(figsize=(max(7.0, 4.2 * len(encoders)), 4.4), layout="constrained")
     for axes, encoder in zip(figure.subplots(1, len(encoders), squeeze=False, sharey=True)[0], encoders, strict=True):
@@ -256,19 +255,20 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             place = cases.index((row.batch, row.length, row.routing)) + 0.27 * (CONTESTANTS.index(row.contestant) - 1)
             height = row.seconds / hf[row.batch, row.routing]
             rest = height * (1 - row.moe_share)
-            axes.bar(place, rest, 0.25, color=colours[row.contestant], alpha=0.45)
-            axes.bar(place, height - rest, 0.25, bottom=rest, color=colours[row.contestant])
+            style = palette.area(colours[row.contestant])
+            axes.bar(place, rest, 0.25, alpha=0.45, **style)
+            axes.bar(place, height - rest, 0.25, bottom=rest, **style)
             label = _milliseconds(row.seconds)
             axes.text(place, height, label, ha="center", va="bottom", fontsize=6, rotation=90)
-        axes.axhline(1, color="#999999", linewidth=1, linestyle="--")
+        axes.axhline(1, color=palette.GREY, linewidth=1, linestyle="--")
         axes.set_xticks(range(len(cases)), [f"{batch}x{length}\n{routing}" for batch, length, routing in cases])
         experts, ranks, moe, layers = encoder
         axes.set_title(f"{experts} experts, {moe} of {layers} layers, {ranks} {_plural(ranks, 'rank')}", fontsize=10)
         axes.margins(y=0.12)
     figure.supylabel("time of a forward pass (HuggingFace = 1; ms on the bars)", fontsize=10)
     present = [name for name in CONTESTANTS if any(row.contestant == name for row in rows)]
-    handles = [Patch(color=colours[name], label=NAMES[name]) for name in present]
-    handles.append(Patch(color="#000000", alpha=0.3, label="lighter: outside MoE layers"))
+    handles = [Patch(label=NAMES[name], **palette.area(colours[name])) for name in present]
+    handles.append(Patch(color="black", alpha=0.3, label="lighter: outside MoE layers"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.savefig(path, dpi=150)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import palette
 from .grid import ROUTINGS, plural
 from .results import CONTESTANTS, DROPPING, Circumstances, Row
 from .tables import machine_line
@@ -16,15 +17,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, safe for colour-blind readers; markers tell the contestants apart without them.
-STYLES = {
-    "moeshard": ("#0072B2", "o"),
-    "hf": ("#999999", "s"),
-    "grouped_mm": ("#56B4E9", "^"),
-    "loop": ("#009E73", "v"),
-    "published": ("#E69F00", "D"),
-    "deepspeed": ("#D55E00", "P"),
-    DROPPING: ("#CC79A7", "X"),
+COLOURS = {
+    "moeshard": palette.BLUE,
+    "hf": palette.GREY,
+    "grouped_mm": palette.SKY,
+    "loop": palette.GREEN,
+    "published": palette.ORANGE,
+    "deepspeed": palette.RED,
+    DROPPING: palette.PINK,
 }
 LEGEND_WIDTH = 1.6  # inches of an entry at most
 
@@ -64,7 +64,7 @@ def draw(about: Circumstances, rows: Sequence[Row], folder: Path, stem: str) -> 
             continue
         caption = f"{shape}, {dtype}; median of the slowest rank; {machine_line(about)}"
         width = int(12 * figure.get_figwidth())
-        figure.supxlabel(textwrap.fill(caption, width), fontsize=8, color="#555555")
+        figure.supxlabel(textwrap.fill(caption, width), fontsize=8, color=palette.TEXT)
         paths.append(folder / f"{stem}-{name}.png")
         figure.savefig(paths[-1], dpi=150)
     return paths
@@ -135,7 +135,7 @@ def _skew(rows: Sequence[Row]) -> "Figure | None":
             bars = [(x, 1e3 * timing.median) for x, timing in enumerate(times) if timing]
             if bars:
                 offsets = [x + (place - len(CONTESTANTS) / 2) * 0.11 for x, _ in bars]
-                axes.bar(offsets, [height for _, height in bars], 0.11, color=STYLES[name][0], label=name)
+                axes.bar(offsets, [height for _, height in bars], 0.11, label=name, **palette.area(COLOURS[name]))
         axes.set_xticks(range(len(routings)), routings)
         axes.set_title(f"E = {count}, T = {here[0].case.tokens}, {_named(launch)}", fontsize=10)
         axes.set_xlabel("routing")
@@ -157,7 +157,7 @@ def _ranks(rows: Sequence[Row]) -> "Figure | None":
                 heights = [1e3 * seconds for seconds in row.timings[name].per_rank]
                 place = CONTESTANTS.index(name)
                 offsets = [rank + (place - len(CONTESTANTS) / 2) * 0.11 for rank in range(len(heights))]
-                axes.bar(offsets, heights, 0.11, color=STYLES[name][0], label=name)
+                axes.bar(offsets, heights, 0.11, label=name, **palette.area(COLOURS[name]))
         axes.set_xticks(range(row.case.build.ranks), [f"rank {rank}" for rank in range(row.case.build.ranks)])
         axes.set_xlabel(f"routing: {row.case.routing}")
         axes.set_title(f"E = {count}, T = {row.case.tokens}, {_named(_launch(row))}", fontsize=10)
@@ -172,11 +172,8 @@ def _curves(axes: "Axes", rows: Sequence[Row], x: Callable[[Row], int], ticks: i
     for name in CONTESTANTS:
         points = [(x(row), 1e3 * row.timings[name].median) for row in rows if name in row.timings]
         if points:
-            colour, marker = STYLES[name]
             width = 2.5 if name == "moeshard" else 1.2
-            axes.plot(
-                *zip(*points, strict=True), color=colour, marker=marker, linewidth=width, markersize=5, label=name
-            )
+            axes.plot(*zip(*points, strict=True), linewidth=width, label=name, **palette.line(COLOURS[name]))
     axes.set_xscale("log")
     axes.set_yscale("log")
     for axis, marks in ((axes.xaxis, LogLocator(ticks)), (axes.yaxis, LogLocator(10, (1, 2, 5)))):
@@ -184,7 +181,7 @@ def _curves(axes: "Axes", rows: Sequence[Row], x: Callable[[Row], int], ticks: i
         axis.set_major_formatter("{x:g}")
         axis.set_minor_locator(NullLocator())
     axes.tick_params(labelsize=8)
-    axes.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
+    axes.grid(True, which="major", color=palette.FAINT, linewidth=0.6)
 
 
 def _panels(lines: int, columns: int) -> "tuple[Figure, list[list[Axes]]]":

@@ -10,26 +10,25 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from .. import _core
+from .. import _core, palette
 from .histograms import skewed
 from .machines import Machine
 from .planning import KINDS, plan
-from .results import STEPS, LayerPlan, ModelPlan
+from .results import LayerPlan, ModelPlan
 from .shapes import LayerShape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, safe for colour-blind readers; each cell has a letter too.
-COLOURS = {
-    "shard": "#0072B2",
-    "uneven": "#56B4E9",
-    "expert_parallel": "#E69F00",
-    "balanced": "#F0E442",
-    "hybrid": "#009E73",
-    "hot_sharded": "#CC79A7",
-    "hot_copied": "#D55E00",
-    "mixed": "#999999",
+COLOURS = {  # each cell has a letter too
+    "shard": palette.BLUE,
+    "uneven": palette.SKY,
+    "expert_parallel": palette.ORANGE,
+    "balanced": palette.YELLOW,
+    "hybrid": palette.GREEN,
+    "hot_sharded": palette.PINK,
+    "hot_copied": palette.RED,
+    "mixed": palette.GREY,
 }
 LETTERS = dict(zip(KINDS, "SUEBHXCM", strict=True))
 NAMES = {
@@ -205,9 +204,9 @@ def plot_plan(found: ModelPlan, path: Path) -> None:
         others = [other for other in layer.alternatives if other.fits]
         places = np.arange(len(others))
         left = np.zeros(len(others))
-        for step, colour in zip(STEPS, ("#999999", "#E69F00", "#F0E442", "#0072B2", "#009E73"), strict=True):
+        for step, colour in palette.STEPS.items():
             width = np.array([1e3 * getattr(other.times, step) for other in others])
-            axes.barh(places, width, 0.7, left, color=colour, label=step)
+            axes.barh(places, width, 0.7, left, label=step, **palette.area(colour))
             left += width
         marks = [f"{other.layout}{'  ◀' if other.layout == layer.layout else ''}" for other in others]
         axes.set_yticks(places, marks)

@@ -55,3 +55,23 @@ def script(device):
         return done.stdout
 
     return run
+
+
+@pytest.fixture
+def need_devices():
+    """Skip the test if this machine has too few GPUs for its ranks; ptxsim has as many as are asked for."""
+
+    def check(ranks):
+        if ranks > 1 and "ptxsim" not in os.environ.get("LD_LIBRARY_PATH", "") and why_no_device() is None:
+            found = cuda.extension().device_count()
+            if found < ranks:
+                pytest.skip(f"{ranks} ranks need as many GPUs, there are {found}")
+
+    return check
+
+
+@pytest.fixture(autouse=True)
+def enough_devices(request, need_devices):
+    """Of tests with a parameter `ranks`."""
+    if hasattr(request.node, "callspec"):
+        need_devices(request.node.callspec.params.get("ranks", 1))

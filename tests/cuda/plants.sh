@@ -55,7 +55,7 @@ plant() {
 export -f compile object_of plant
 
 ls cuda/step[235]*.cu cuda/step4_ffn.cu cuda/experts_convert.cu cuda/*.c csrc/base/error.c csrc/base/memory.c \
-  csrc/exchange/exchange.c csrc/reference.c csrc/step2_gather.c tests/cuda/test_{steps,engine,ffn,ffn_sm90}.cu |
+  csrc/exchange/exchange.c csrc/layout.c csrc/plan/plan.c csrc/reference.c csrc/step2_gather.c tests/cuda/test_{steps,engine,ffn,ffn_sm90}.cu |
   xargs -P "$jobs" -I{} bash -c 'compile {} "$(object_of {})"'
 
 # number, source, test, cases that show it soonest, seeds

@@ -46,11 +46,12 @@ def program(tmp_path_factory):
 
 
 @pytest.fixture
-def start(program, tmp_path):
+def start(program, tmp_path, need_devices):
     """Start one process a rank; they are gone when the test is over."""
     started = []
 
     def run(ranks, deed, timeout, wait=lambda rank: True, **environment):
+        need_devices(ranks)
         for rank in range(ranks):
             command = [program, str(rank), str(ranks), tmp_path / "id", deed, str(timeout)]
             started.append(

@@ -563,7 +563,7 @@ void time_steps() {
   for (int32_t slots : {120, 4096, 65536})
     for (int32_t E : {8, 128, 2048})
       for (int32_t K : {1, 2}) {
-        double us[4];
+        double us[4] = {0};
         int32_t rows = 0;
         std::string wrong;
         for (bool in_place : {true, false}) {
