@@ -39,19 +39,24 @@ static ms_status too_many(const listing *c, ms_error *err) {
                  c->l, MS_PLACE_STATES, c->p->n[c->l], c->p->R);
 }
 
+static ms_status grow(states *out, int32_t n, ms_error *err) {
+  int64_t room = 2 * out->room + 64;
+  uint8_t *more = malloc((size_t)room * (size_t)n + 1);
+  if (!more) return ms_fail(err, MS_ENOMEM, "no memory for %lld placements", (long long)room);
+  if (out->count) memcpy(more, out->owner, (size_t)out->count * (size_t)n);
+  free(out->owner);
+  out->owner = more;
+  out->room = room;
+  return MS_OK;
+}
+
 static ms_status list_from(listing *c, int32_t i, int32_t used, ms_error *err) {
   const ms_problem *p = c->p;
   const int32_t n = p->n[c->l], least = n / p->R;
   states *out = c->out;
   if (i == n) {
     if (out->count == MS_PLACE_STATES) return too_many(c, err);
-    if (out->count == out->room) {
-      int64_t room = 2 * out->room + 64;
-      uint8_t *more = realloc(out->owner, (size_t)room * (size_t)n + 1);
-      if (!more) return ms_fail(err, MS_ENOMEM, "no memory for %lld placements", (long long)room);
-      out->owner = more;
-      out->room = room;
-    }
+    if (out->count == out->room) MS_TRY(grow(out, n, err));
     memcpy(out->owner + out->count++ * n, c->owner, (size_t)n);
     return MS_OK;
   }

@@ -111,7 +111,7 @@ ms_status ms_hops_count(const int32_t *expert, int64_t T, int32_t L, int32_t K, 
   MS_TRY(check_paths(expert, T, L, K, E, err));
   size_t rows = (size_t)(L - 1) * (size_t)E + 1, slots = (size_t)T * (size_t)K;
   counter c = {.at = malloc(((size_t)E + 1) * sizeof *c.at),
-               .order = malloc((slots + 1) * sizeof *c.order),
+               .order = calloc(slots + 1, sizeof *c.order),
                .seen = calloc((size_t)E, sizeof *c.seen),
                .met = malloc((size_t)E * sizeof *c.met)};
   ms_status status = MS_OK;
