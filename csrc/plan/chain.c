@@ -17,7 +17,7 @@ static const int64_t MOST_STEPS = (int64_t)1 << 26; // of the enumeration of a l
 static const int64_t MOST_ADDITIONS = (int64_t)1 << 33; // of the whole: some seconds
 
 typedef struct states {
-  int64_t count, room;
+  int64_t count;
   uint8_t *owner; // [count, n]
 } states;
 
@@ -39,25 +39,15 @@ static ms_status too_many(const listing *c, ms_error *err) {
                  c->l, MS_PLACE_STATES, c->p->n[c->l], c->p->R);
 }
 
-static ms_status grow(states *out, int32_t n, ms_error *err) {
-  int64_t room = 2 * out->room + 64;
-  uint8_t *more = malloc((size_t)room * (size_t)n + 1);
-  if (!more) return ms_fail(err, MS_ENOMEM, "no memory for %lld placements", (long long)room);
-  if (out->count) memcpy(more, out->owner, (size_t)out->count * (size_t)n);
-  free(out->owner);
-  out->owner = more;
-  out->room = room;
-  return MS_OK;
-}
-
+// Twice: without memory in `out` the states are counted.
 static ms_status list_from(listing *c, int32_t i, int32_t used, ms_error *err) {
   const ms_problem *p = c->p;
   const int32_t n = p->n[c->l], least = n / p->R;
   states *out = c->out;
   if (i == n) {
     if (out->count == MS_PLACE_STATES) return too_many(c, err);
-    if (out->count == out->room) MS_TRY(grow(out, n, err));
-    memcpy(out->owner + out->count++ * n, c->owner, (size_t)n);
+    if (out->owner) memcpy(out->owner + out->count * n, c->owner, (size_t)n);
+    out->count++;
     return MS_OK;
   }
   const int64_t weight = p->weight[(int64_t)c->l * p->E + i];
@@ -94,6 +84,15 @@ static ms_status list_states(const ms_problem *p, int32_t l, states *out, ms_err
     status = ms_fail(err, MS_ENOMEM, "no memory to list placements of %d experts", p->E);
   else
     status = list_from(&c, 0, 0, err);
+  if (status == MS_OK) {
+    out->owner = malloc((size_t)out->count * (size_t)p->n[l] + 1);
+    if (!out->owner)
+      status = ms_fail(err, MS_ENOMEM, "no memory for %lld placements", (long long)out->count);
+  }
+  if (status == MS_OK) {
+    out->count = c.steps = 0;
+    status = list_from(&c, 0, 0, err);
+  }
   free(c.load);
   free(c.size);
   free(c.owner);
