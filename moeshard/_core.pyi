@@ -77,7 +77,7 @@ class Layout:  # a table made ready for the steps of one rank
     def rank(self) -> int: ...
 
 # chapter L: placement. Owners are [L, E] int32, -1: no rank. Hops are a capsule.
-PlaceMethod = Literal["contiguous", "balanced", "two-stage", "sweep", "exact"]
+_PlaceMethod = Literal["contiguous", "balanced", "two-stage", "sweep", "exact"]
 
 @final
 @type_check_only
@@ -87,7 +87,7 @@ def count_hops(paths: NDArray[np.int32], num_experts: int) -> Hops: ...
 def hops_table(hops: Hops, /) -> NDArray[np.int64]: ...
 def hops_totals(hops: Hops, /) -> NDArray[np.int64]: ...
 def place(
-    method: PlaceMethod,
+    method: _PlaceMethod,
     counts: ArrayLike,
     ranks: int,
     slack: float = 0.02,

@@ -455,16 +455,14 @@ static PyObject *batch_gather_from(PyObject *object, PyObject *args, PyObject *k
   return take_gathered(object, rank, counts, tensors, HIDDEN);
 }
 
-PyDoc_STRVAR(
-    gather_routing_doc,
-    "gather_routing($self, /, rank, tokens, top_k_index, top_k_weights)\n--\n\n"
-    "Step 2 for a sparse layout, first half: the routing of all ranks, but no rows. Then needed "
-    "tells which rows go where,\n"
-    "and gather_rows takes those that came.\n\n"
-    "Args:\n"
-    "    rank, tokens, top_k_index, top_k_weights: as in gather_from.\n\n"
-    "Raises:\n"
-    "    As gather_from.\n");
+PyDoc_STRVAR(gather_routing_doc,
+             "gather_routing($self, /, rank, tokens, top_k_index, top_k_weights)\n--\n\n"
+             "Step 2 for a sparse layout, first half: the routing of all ranks, but no rows.\n\n"
+             "Then needed tells which rows go where, and gather_rows takes those that came.\n\n"
+             "Args:\n"
+             "    rank, tokens, top_k_index, top_k_weights: as in gather_from.\n\n"
+             "Raises:\n"
+             "    As gather_from.\n");
 
 static PyObject *batch_gather_routing(PyObject *object, PyObject *args, PyObject *kwargs) {
   static char *names[] = {"rank", "tokens", "top_k_index", "top_k_weights", NULL};
