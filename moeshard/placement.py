@@ -457,6 +457,8 @@ def _counts(routing: object) -> NDArray[np.int64]:
         raise _core.DTypeError(f"routing: expected token paths, or counts of integers, got {counts.dtype}")
     if counts.ndim != 2 or 0 in counts.shape:
         raise _core.ShapeError(f"routing: expected counts [layers, experts], got {list(counts.shape)}")
+    if int(counts.max()) > np.iinfo(np.int64).max:
+        raise _core.RangeError(f"routing: got {int(counts.max())}, expected at most 2^44 slots in a layer")
     return counts.astype(np.int64)
 
 
@@ -516,11 +518,11 @@ def _polished(owner: NDArray[np.int32], paths: TokenPaths, ranks: int, slack: fl
         for layer in np.flatnonzero(gaps).tolist():
             placed = np.flatnonzero(~apart[layer])
             here = owner[layer, placed]
-            benefit = np.zeros((len(placed), ranks))
+            benefit = np.zeros((len(placed), ranks), np.int64)
             for other, seen in ((layer - 1, table[layer - 1].T), (layer + 1, table[min(layer, len(table) - 1)])):
                 if 0 <= other < len(owner):
                     on_rank = owner[other][:, None] == np.arange(ranks)
-                    benefit += (seen[placed] @ on_rank.astype(np.int64)).astype(np.float64)
+                    benefit += seen[placed] @ on_rank.astype(np.int64)
             few, wide = divmod(len(placed), ranks)
             ones = np.ones((1, len(placed)))
             rows = block_array(
@@ -541,9 +543,14 @@ def _polished(owner: NDArray[np.int32], paths: TokenPaths, ranks: int, slack: fl
             )
             if solved.x is None:
                 continue
+            # The solver keeps to its constraints within a tolerance, which is many slots of a hot expert.
             better = solved.x.reshape(benefit.shape).argmax(axis=1)
+            held = np.bincount(better, minlength=ranks)
+            load = np.zeros(ranks, np.int64)
+            np.add.at(load, better, counts[layer, placed])
+            keeps_to = held.min() >= few and held.max() <= few + (wide > 0) and load.max() <= cap[layer]
             every = np.arange(len(placed))
-            if benefit[every, better].sum() > benefit[every, here].sum() + 0.5:
+            if keeps_to and benefit[every, better].sum() > benefit[every, here].sum():
                 owner[layer, placed] = better
                 again = True
     return owner

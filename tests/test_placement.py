@@ -3,12 +3,14 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
 from switch_models import batch, switch_model
 from workers import on_ranks
 
@@ -98,13 +100,47 @@ def test_against_brute_force(seed, layers, experts, ranks, choices):
             assert sum(local_hops(changed, transitions)) <= here + gap
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 8), st.integers(1, 3))
-@settings(max_examples=40)
-def test_assignment_is_the_cheapest(seed, items, bins):
-    cost = np.random.default_rng(seed).integers(-50, 50, (items, bins))
-    owner, total = _core.assign(cost)
-    every = np.arange(items)
-    assert total == cost[every, owner].sum() == min(cost[every, o].sum() for o in every_owner(items, bins))
+def cheapest(cost):
+    """By scipy: a seat for each item. Seats that may stay empty go to items that may take no other."""
+    items, bins = cost.shape
+    least, wides = divmod(items, bins)
+    seats = np.concatenate([np.repeat(cost, least, axis=1), cost], axis=1)
+    nobody = np.full((bins - wides, seats.shape[1]), 2**40)
+    nobody[:, bins * least :] = 0
+    every = np.concatenate([seats, nobody])
+    return int(every[linear_sum_assignment(every)].sum())
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 40),
+    st.integers(1, 10),
+    st.sampled_from([1, 50, 2**20]),
+    st.sampled_from([0, 2**31, 2**40, 2**52, -(2**52)]),
+)
+@settings(max_examples=200)
+def test_assignment_is_the_cheapest(seed, items, bins, spread, offset):
+    cost = np.random.default_rng(seed).integers(-spread, spread + 1, (items, bins))  # a spread of 1: ties
+    owner, total = _core.assign(cost + offset)
+    held = np.bincount(owner, minlength=bins)
+    assert held.min() >= items // bins and held.max() <= -(-items // bins)
+    assert total - items * offset == cost[np.arange(items), owner].sum() == cheapest(cost)
+    if bins**items <= 4096:
+        assert cheapest(cost) == min(cost[np.arange(items), o].sum() for o in every_owner(items, bins))
+
+
+@pytest.mark.parametrize("cost", [2**58, -(2**58), -(2**63)])
+def test_costs_whose_sum_would_overflow_are_refused(cost):
+    with pytest.raises(RangeError, match=rf"cost: item \d: got {cost}, .* sum to at most 2\^59"):
+        _core.assign(np.full((64, 2), cost))
+    assert _core.assign(np.full((2, 2), 2**58))[1] == 2**59
+
+
+@pytest.mark.parametrize("size", [2**31, 2**40, 2**44 - 6])
+def test_large_counts_are_balanced_exactly(size):
+    found = place([[size // 2 + 1, 1, 1, size // 2 + 3]], ranks=2)
+    assert sorted(found.loads[0]) == [size // 2 + 2, size // 2 + 4]
+    assert found.bound.tolist() == [size // 2 + 3] and found.cap[0] <= 1.02 * (size // 2 + 3)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -176,6 +212,9 @@ def test_a_layer_alone_and_a_rank_alone():
         ({"routing": [[1.5, 2.0]]}, DTypeError, "routing: expected token paths, or counts of integers, got float64"),
         ({"routing": [1, 2]}, ShapeError, r"routing: expected counts \[layers, experts\], got \[2\]"),
         ({"routing": [[3, -1]]}, RangeError, "-1"),
+        ({"routing": [[2**44, 1]]}, RangeError, r"expert 1: got 1, expected 0 or more, at most 2\^44 in a layer"),
+        ({"routing": [[2**53, 1]]}, RangeError, rf"expert 0: got {2**53}, .*at most 2\^44 in a layer"),
+        ({"routing": np.array([[2**63, 1]], np.uint64)}, RangeError, rf"routing: got {2**63}, expected at most 2\^44"),
         ({"routing": [[1] * 400], "method": "exact"}, ArgumentError, "exact"),
     ],
 )
@@ -219,6 +258,21 @@ def test_polish_is_never_worse():
     plain, polished = (place(paths, 3, held_out=False, starts=1, polish=on) for on in (False, True))
     check(polished, paths, 3)
     assert sum(polished.hops.local) >= sum(plain.hops.local)
+
+
+@pytest.mark.parametrize("all_on_rank_0", [True, False])
+def test_polish_takes_nothing_above_the_cap(monkeypatch, all_on_rank_0):
+    optimize = pytest.importorskip("scipy.optimize")
+    paths = TokenPaths([[[0], [1]]] * 90 + [[[1], [0]]] * 90 + [[[2], [3]]] * 10 + [[[3], [2]]] * 10, 4)
+
+    def careless(cost, **kwargs):
+        ranks = np.zeros((4, 2)) if all_on_rank_0 else np.eye(2)[[0, 0, 1, 1]]
+        ranks[:, 0] += all_on_rank_0
+        return SimpleNamespace(x=ranks.reshape(-1))
+
+    monkeypatch.setattr(optimize, "milp", careless)
+    plain, polished = (place(paths, 2, method="balanced", held_out=False, polish=on) for on in (False, True))
+    np.testing.assert_array_equal(polished.owner, plain.owner)
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------

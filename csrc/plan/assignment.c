@@ -9,6 +9,9 @@
 // item that moves most cheaply, and prices follow the distances, so that every step stays optimal for its sizes.
 // There are R + 1 nodes, not n + R: an augmentation costs R*R and touches the lists of the few bins on its path.
 //
+// With costs up to M an edge is at most 2M. Prices end at most 2M apart (any item would move for more), so they start so; a
+// distance is an edge and a difference of prices, 4M, and one more edge is looked at: 8M = 2^62 with M = MS_MAX_COST.
+//
 // Source: successive shortest paths with potentials (Ahuja, Magnanti, Orlin, Network Flows, 1993, section 9.7).
 //
 // SPDX-License-Identifier: Apache-2.0

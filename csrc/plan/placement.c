@@ -128,6 +128,9 @@ static ms_status check_spec(const ms_place_spec *s, ms_error *err) {
   if (s->hops && (s->hops->L != s->L || s->hops->E != s->E))
     return ms_fail(err, MS_ESHAPE, "hops: of %d layers and %d experts, but counts are of %d and %d",
                    s->hops->L, s->hops->E, s->L, s->E);
+  if (s->hops && s->hops->total > MS_MAX_COST)
+    return ms_fail(err, MS_ERANGE, "hops: got %lld, expected at most 2^59",
+                   (long long)s->hops->total);
   for (int32_t l = 0; l < s->L; l++) {
     int64_t total = 0;
     for (int32_t e = 0; e < s->E; e++) {

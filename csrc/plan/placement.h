@@ -36,7 +36,7 @@ typedef struct ms_hop {
 // back from expert f of layer l + 1 to layer l: last[last_at[l*E + f] .. last_at[l*E + f + 1]).
 typedef struct ms_hops {
   int32_t L, E;
-  int64_t total;              // hops of all layers
+  int64_t total;              // hops of all layers; MS_MAX_COST at most can be planned with
   int64_t *next_at, *last_at; // [(L-1)*E + 1] owned
   ms_hop *next, *last;        // owned
 } ms_hops;
@@ -60,13 +60,13 @@ ms_status ms_assigner_create(int32_t room, int32_t R, ms_assigner **out, ms_erro
 void ms_assigner_free(ms_assigner *assigner); // NULL is legal
 
 // Put n <= room items into the R bins, floor(n/R) or ceil(n/R) in each, at least total cost. Exact.
-//   cost   [n, R]; magnitudes at most MS_MAX_COST / (R + 2)
-//   price  [R + 1] in: where to start, any numbers (zeros); out: optimal dual prices of the bins and of the larger sizes.
-//          Prices of a problem like this one save most of the work.
+//   cost   [n, R]; the largest magnitudes of the items sum to at most MS_MAX_COST (the caller sees to it: no sum overflows)
+//   price  [R + 1] in: where to start, zeros or what an earlier call has left; out: optimal dual prices of the bins and of
+//          the larger sizes. Prices of a problem like this one save most of the work.
 //   owner  [n] out
 // Returns the total cost. Of several best assignments one is chosen, the same every time.
 // Cost: O(n*R) and, for each item that must leave the bin it likes best, O(R*R + n); no allocation.
-#define MS_MAX_COST ((int64_t)1 << 60)
+#define MS_MAX_COST ((int64_t)1 << 59)
 int64_t ms_assign(ms_assigner *assigner, const int64_t *cost, int32_t n, int64_t *price,
                   int32_t *owner);
 

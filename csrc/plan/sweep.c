@@ -14,7 +14,8 @@
 // value meet. Sweeps repeat until no layer changes; relabelling all ranks from a layer on (which no single layer can do)
 // is tried as well. Then kicks: a few layers are shuffled and swept again, kept if the whole got better.
 //
-// Costs are integers, hops times `scale`, so that assignments are exact and results the same everywhere.
+// Costs, multipliers and duals are integers, hops times `scale`: assignments are exact, a dual is a bound to the last hop, and
+// results are the same everywhere.
 //
 // Source: Lagrangian relaxation of the generalised assignment problem (Fisher, Management Science 27, 1981); Polyak's steps.
 //
@@ -69,29 +70,20 @@ static void sweeper_free(sweeper *s) {
   free(s->stale);
 }
 
-// The finest scale at which no cost can overflow (ms_assign).
+// The finest scale at which neither the costs of a layer (ms_assign) nor its dual can overflow.
 static ms_status choose_scale(const ms_problem *p, int64_t *scale, ms_error *err) {
-  double largest = 1;
-  for (int32_t l = 0; l < p->L; l++)
-    for (int32_t i = 0; i < p->n[l]; i++) {
-      const int64_t row = (int64_t)l * p->E, e = row + p->expert[row + i];
-      double hops = 0;
-      for (int64_t k = l + 1 < p->L ? p->hops->next_at[e] : 0,
-                   end = l + 1 < p->L ? p->hops->next_at[e + 1] : 0;
-           k < end; k++)
-        hops += (double)p->hops->next[k].count;
-      const int64_t back = e - p->E;
-      for (int64_t k = l ? p->hops->last_at[back] : 0, end = l ? p->hops->last_at[back + 1] : 0;
-           k < end; k++)
-        hops += (double)p->hops->last[k].count;
-      largest = fmax(largest, hops + (double)p->weight[row + i] * LARGEST_MULTIPLIER);
-    }
   *scale = FINEST_SCALE;
-  while (*scale > 0 && largest * (double)*scale > (double)(MS_MAX_COST / (p->R + 2))) *scale /= 2;
-  if (*scale == 0)
-    return ms_fail(err, MS_ERANGE,
-                   "counts: an expert with %g hops and slots is too many to place on %d ranks",
-                   largest, p->R);
+  for (int32_t l = 0; l < p->L; l++) {
+    int64_t slots = p->R * p->cap[l]; // no more than MS_MAX_RANKS * 2^44
+    for (int32_t i = 0; i < p->n[l]; i++) slots += p->weight[(int64_t)l * p->E + i];
+    const int64_t largest = p->hops->total + LARGEST_MULTIPLIER * slots;
+    if (largest > MS_MAX_COST)
+      return ms_fail(err, MS_ERANGE,
+                     "counts: layer %d: %lld hops and %d ranks of up to %lld slots are too many to "
+                     "compute with exactly",
+                     l, (long long)p->hops->total, p->R, (long long)p->cap[l]);
+    while (largest > MS_MAX_COST / *scale) *scale /= 2;
+  }
   return MS_OK;
 }
 
@@ -237,13 +229,14 @@ static void improve(ms_layer *layer, int64_t cap, const int64_t *benefit) {
 
 // Subgradient steps for the layer whose benefit is in s->benefit. `best` [n] holds owners within the cap and is replaced by better
 // ones; *value is theirs. NULL: only the dual is wanted. Returns the least dual found, in hops, rounded down: no owners within
-// the cap have a larger value.
+// the cap have a larger value. A dual is not negative, as the balanced placement is within the cap.
 static int64_t solve(sweeper *s, int32_t l, int32_t steps, int32_t *best, int64_t *value) {
   const ms_problem *p = s->p;
   const int32_t n = p->n[l], R = p->R;
   const int64_t cap = p->cap[l], scale = s->scale, *weight = p->weight + (int64_t)l * p->E;
   int64_t *multiplier = s->multiplier + (int64_t)l * R, *price = s->price + (int64_t)l * (R + 1);
-  double step = 1, least = INFINITY;
+  double step = 1;
+  int64_t least = INT64_MAX;
   int64_t repaired = -1; // the best before its swaps: those of a worse one seldom end higher
   int32_t idle = 0;
   memcpy(s->best_multiplier, multiplier, (size_t)R * sizeof *multiplier);
@@ -252,8 +245,8 @@ static int64_t solve(sweeper *s, int32_t l, int32_t steps, int32_t *best, int64_
       for (int32_t r = 0; r < R; r++)
         s->cost[(int64_t)i * R + r] =
             multiplier[r] * weight[i] - s->benefit[(int64_t)i * R + r] * scale;
-    double dual = -(double)ms_assign(s->assigner, s->cost, n, price, s->inner);
-    for (int32_t r = 0; r < R; r++) dual += (double)multiplier[r] * (double)cap;
+    int64_t dual = -ms_assign(s->assigner, s->cost, n, price, s->inner);
+    for (int32_t r = 0; r < R; r++) dual += multiplier[r] * cap;
     ms_layer layer = layer_of(s, l, s->inner);
     ms_layer_count(&layer);
     double slope = 0;
@@ -263,7 +256,7 @@ static int64_t solve(sweeper *s, int32_t l, int32_t steps, int32_t *best, int64_
       s->key[r] = layer.load[r] - cap; // repair changes the loads
     }
     if (dual < least) {
-      idle = dual < least - 0.5 * (double)scale ? 0 : idle + 1;
+      idle = dual < least - scale / 2 ? 0 : idle + 1;
       least = dual;
       memcpy(s->best_multiplier, multiplier, (size_t)R * sizeof *multiplier);
     } else {
@@ -285,15 +278,14 @@ static int64_t solve(sweeper *s, int32_t l, int32_t steps, int32_t *best, int64_
         }
       }
     }
-    double gap = least - (double)*value * (double)scale;
-    if (gap < (double)scale || slope == 0)
+    if (least - *value * scale < scale || slope == 0)
       break; // less than one hop is missing; or these owners need no multiplier
     if (idle == 3) {
       step /= 2;
       idle = 0;
       memcpy(multiplier, s->best_multiplier, (size_t)R * sizeof *multiplier);
     }
-    double length = step * (dual - (double)*value * (double)scale) / slope;
+    double length = step * (double)(dual - *value * scale) / slope;
     const double most = (double)scale * LARGEST_MULTIPLIER;
     for (int32_t r = 0; r < R; r++) {
       double next = (double)multiplier[r] + length * (double)s->key[r];
@@ -301,7 +293,7 @@ static int64_t solve(sweeper *s, int32_t l, int32_t steps, int32_t *best, int64_
     }
   }
   memcpy(multiplier, s->best_multiplier, (size_t)R * sizeof *multiplier);
-  return (int64_t)floor(least / (double)scale);
+  return least / scale;
 }
 
 // Solve layer l with the neighbours that count; true: it changed.

@@ -285,7 +285,8 @@ done:
 PyDoc_STRVAR(assign_doc, "assign($module, cost, /)\n--\n\n"
                          "Put items into bins of equal size at least cost, exactly.\n\n"
                          "Args:\n"
-                         "    cost: [n, R] integers, of magnitude up to 2^60 / (R + 2).\n\n"
+                         "    cost: [n, R] integers; the largest magnitudes of the items sum to "
+                         "at most 2^59.\n\n"
                          "Returns:\n"
                          "    (owner [n] int32: the bin of each item, floor(n/R) or ceil(n/R) "
                          "items in each bin; total cost).\n\n"
@@ -306,18 +307,26 @@ static PyObject *assign(PyObject *module, PyObject *like) {
   PyArrayObject *cost = array_take(state, like, &need);
   if (!cost) return NULL;
   npy_intp n = PyArray_DIM(cost, 0), R = PyArray_DIM(cost, 1);
-  const int64_t *data = PyArray_DATA(cost), limit = MS_MAX_COST / ((int64_t)R + 2);
+  const int64_t *data = PyArray_DATA(cost);
   if (n > MS_MAX_EXPERTS || R > MS_MAX_RANKS) {
     core_fail(state, MS_ESHAPE, "cost: got [%zd, %zd], expected at most [%d, %d]", n, R,
               MS_MAX_EXPERTS, MS_MAX_RANKS);
     goto done;
   }
-  for (npy_intp i = 0; i < n * R; i++)
-    if (data[i] > limit || data[i] < -limit) {
-      core_fail(state, MS_ERANGE, "cost: got %lld, expected magnitudes up to %lld",
-                (long long)data[i], (long long)limit);
-      goto done;
+  int64_t left = MS_MAX_COST;
+  for (npy_intp i = 0; i < n; i++) {
+    int64_t largest = 0;
+    for (const int64_t *at = data + i * R; at < data + (i + 1) * R; at++) {
+      if (*at > left || *at < -left) {
+        core_fail(state, MS_ERANGE,
+                  "cost: item %zd: got %lld, expected largest magnitudes that sum to at most 2^59",
+                  i, (long long)*at);
+        goto done;
+      }
+      if (*at > largest || *at < -largest) largest = *at < 0 ? -*at : *at;
     }
+    left -= largest;
+  }
   if (!(owner = array_new(NPY_INT32, 1, n, 0))) goto done;
   if (!(price = calloc((size_t)R + 1, sizeof *price))) {
     PyErr_NoMemory();
