@@ -126,33 +126,74 @@ ms_dtype ms_experts_unpacked(const ms_experts *x) {
   return x->spec.storage == MS_I8 ? MS_F32 : x->spec.storage;
 }
 
-// Pack `rows` rows of m from `row` on, columns [col, col + K), into every step-th panel; so are their scales (or NULL).
-static void pack_rows(const ms_experts *x, const ms_matrix *m, int64_t row, int64_t rows,
-                      int64_t col, int64_t K, const char *to, const float *scale, int64_t step) {
-  int64_t bytes = step * ms_panel_bytes(x->spec.storage, K);
-  for (int64_t j = 0; j < rows; j += MS_PANEL, to += bytes) {
-    int32_t columns = (int32_t)(rows - j < MS_PANEL ? rows - j : MS_PANEL);
-    ms_panel_pack(m, row + j, col, columns, K, x->spec.storage,
-                  scale ? (float *)scale + j * step : NULL, (char *)to);
-  }
+// ---- panels, the units of work of packing --------------------------------------------------------
+
+// A panel of an expert: where it is, and which rows of which matrix it holds.
+typedef struct panel_place {
+  bool first;   // of the first matrix, else of the second
+  int64_t half; // 0, or 1: up, of the first matrix of gated experts
+  int64_t row;  // among those of this rank, of this half
+  int32_t rows; // at most MS_PANEL: columns of the panel
+  int64_t K;    // columns of the matrix, of this rank: rows of the panel
+  char *data;
+  float *scale; // NULL unless the storage is int8
+} panel_place;
+
+// Panel i of a slice: those of the first matrix (gated: gate and up in turn) come before those of the second.
+static panel_place panel_at(const ms_experts *x, const ms_slice *s, int64_t i) {
+  panel_place p = {.first = i < s->in_panels};
+  int64_t halves = p.first && x->spec.gated ? 2 : 1, rows = p.first ? s->width : x->spec.D;
+  if (!p.first) i -= s->in_panels;
+  p.half = i % halves;
+  p.row = i / halves * MS_PANEL;
+  p.rows = (int32_t)(rows - p.row < MS_PANEL ? rows - p.row : MS_PANEL);
+  p.K = p.first ? x->spec.D : s->width;
+  p.data = (char *)(p.first ? s->w_in : s->w_out) + i * ms_panel_bytes(x->spec.storage, p.K);
+  const float *scale = p.first ? s->scale_in : s->scale_out;
+  if (scale) p.scale = (float *)scale + i * MS_PANEL;
+  return p;
 }
 
-static void unpack_rows(const ms_experts *x, const char *from, const float *scale, int64_t step,
-                        int64_t rows, int64_t K, void *to) {
-  int64_t bytes = step * ms_panel_bytes(x->spec.storage, K);
-  int64_t size = ms_dtype_size(ms_experts_unpacked(x));
-  for (int64_t j = 0; j < rows; j += MS_PANEL, from += bytes) {
-    int32_t columns = (int32_t)(rows - j < MS_PANEL ? rows - j : MS_PANEL);
-    ms_panel_unpack(from, scale ? scale + j * step : NULL, columns, K, x->spec.storage,
-                    (char *)to + j * K * size, K);
-  }
+static int64_t panel_count(const ms_slice *s) {
+  return s->width ? s->in_panels + s->out_panels : 0;
+}
+
+typedef struct packing {
+  const ms_experts *x;
+  const ms_slice *s;
+  ms_matrix w_in[2], w_out; // gate and up (or all in the first), from this rank's first column on
+} packing;
+
+static void pack_panel(void *context, int64_t unit, int32_t thread) {
+  (void)thread;
+  const packing *w = context;
+  panel_place p = panel_at(w->x, w->s, unit);
+  const ms_matrix *m = p.first ? &w->w_in[p.half] : &w->w_out;
+  ms_panel_pack(m, p.row, p.rows, p.K, w->x->spec.storage, p.scale, p.data);
+}
+
+typedef struct unpacking {
+  const ms_experts *x;
+  const ms_slice *s;
+  char *w_in, *w_out; // either may be NULL
+} unpacking;
+
+static void unpack_panel(void *context, int64_t unit, int32_t thread) {
+  (void)thread;
+  const unpacking *w = context;
+  panel_place p = panel_at(w->x, w->s, unit);
+  char *to = p.first ? w->w_in : w->w_out;
+  if (!to) return;
+  int64_t row = p.half * w->s->width + p.row;
+  int64_t size = ms_dtype_size(ms_experts_unpacked(w->x));
+  ms_panel_unpack(p.data, p.scale, p.rows, p.K, w->x->spec.storage, to + row * p.K * size, p.K);
 }
 
 // A bias vector as a matrix of one column packs into rows of one panel each: [n] -> [n / 16][16].
 static void pack_bias(const ms_matrix *bias, int64_t row, int64_t rows, float *to, int64_t step) {
   for (int64_t j = 0; j < rows; j += MS_PANEL, to += step) {
     int32_t columns = (int32_t)(rows - j < MS_PANEL ? rows - j : MS_PANEL);
-    ms_panel_pack(bias, row + j, 0, columns, 1, MS_F32, NULL, to);
+    ms_panel_pack(bias, row + j, columns, 1, MS_F32, NULL, to);
   }
 }
 
@@ -165,6 +206,12 @@ static ms_matrix half_of(const ms_experts *x, ms_matrix m, int64_t half, int64_t
   int64_t first = x->spec.interleaved ? half : half * count;
   m.data = (const char *)m.data + first * m.row_stride * ms_dtype_size(m.dtype);
   if (x->spec.interleaved) m.row_stride *= 2;
+  return m;
+}
+
+static ms_matrix from_element(ms_matrix m, int64_t row, int64_t col) {
+  m.data =
+      (const char *)m.data + (row * m.row_stride + col * m.col_stride) * ms_dtype_size(m.dtype);
   return m;
 }
 
@@ -194,7 +241,7 @@ static ms_status check_expert(const ms_experts *x, int32_t e, ms_error *err) {
 
 ms_status ms_experts_pack(ms_experts *x, int32_t e, int64_t first, int64_t count,
                           const ms_matrix *w_in, const ms_matrix *w_out, const void *b_in,
-                          const void *b_out, ms_dtype bias, ms_error *err) {
+                          const void *b_out, ms_dtype bias, ms_threads *threads, ms_error *err) {
   const ms_experts_spec *spec = &x->spec;
   MS_TRY(check_expert(x, e, err));
   const ms_slice *s = &x->slices[e];
@@ -214,21 +261,20 @@ ms_status ms_experts_pack(ms_experts *x, int32_t e, int64_t first, int64_t count
   if (!s->width) return MS_OK;
 
   int64_t skip = s->start - first;
+  packing w = {.x = x, .s = s, .w_out = from_element(*w_out, 0, skip)};
   for (int64_t half = 0; half < halves; half++) { // gate, up
-    ms_matrix rows = half_of(x, *w_in, half, count);
-    pack_rows(x, &rows, skip, s->width, 0, spec->D, s->w_in + half * x->in_panel_bytes,
-              s->scale_in ? s->scale_in + half * MS_PANEL : NULL, halves);
+    w.w_in[half] = from_element(half_of(x, *w_in, half, count), skip, 0);
     if (!s->b_in) continue;
-    rows = half_of(x, bias_matrix(b_in, bias), half, count);
+    ms_matrix rows = half_of(x, bias_matrix(b_in, bias), half, count);
     pack_bias(&rows, skip, s->width, (float *)s->b_in + half * MS_PANEL, halves * MS_PANEL);
   }
-  pack_rows(x, w_out, 0, spec->D, skip, s->width, s->w_out, s->scale_out, 1);
+  ms_threads_run(threads, panel_count(s), pack_panel, &w);
   if (s->b_out) {
     ms_matrix m = bias_matrix(b_out, bias);
     float panel[MS_PANEL];
     for (int64_t d = 0; d < spec->D; d += MS_PANEL) {
       int64_t n = spec->D - d < MS_PANEL ? spec->D - d : MS_PANEL;
-      ms_panel_pack(&m, d, 0, (int32_t)n, 1, MS_F32, NULL, panel);
+      ms_panel_pack(&m, d, (int32_t)n, 1, MS_F32, NULL, panel);
       memcpy((float *)s->b_out + d, panel, (size_t)n * sizeof(float));
     }
   }
@@ -236,20 +282,16 @@ ms_status ms_experts_pack(ms_experts *x, int32_t e, int64_t first, int64_t count
 }
 
 ms_status ms_experts_unpack(const ms_experts *x, int32_t e, void *w_in, void *w_out, float *b_in,
-                            float *b_out, ms_error *err) {
+                            float *b_out, ms_threads *threads, ms_error *err) {
   const ms_experts_spec *spec = &x->spec;
   MS_TRY(check_expert(x, e, err));
   const ms_slice *s = &x->slices[e];
-  int64_t halves = spec->gated ? 2 : 1, size = ms_dtype_size(ms_experts_unpacked(x));
-  for (int64_t half = 0; half < halves && s->width; half++) {
-    if (w_in)
-      unpack_rows(x, s->w_in + half * x->in_panel_bytes,
-                  s->scale_in ? s->scale_in + half * MS_PANEL : NULL, halves, s->width, spec->D,
-                  (char *)w_in + half * s->width * spec->D * size);
-    for (int64_t j = 0; b_in && s->b_in && j < s->width; j++)
+  unpacking w = {.x = x, .s = s, .w_in = w_in, .w_out = w_out};
+  if (w_in || w_out) ms_threads_run(threads, panel_count(s), unpack_panel, &w);
+  int64_t halves = spec->gated ? 2 : 1;
+  for (int64_t half = 0; half < halves && b_in && s->b_in; half++)
+    for (int64_t j = 0; j < s->width; j++)
       b_in[half * s->width + j] = s->b_in[(j / MS_PANEL * halves + half) * MS_PANEL + j % MS_PANEL];
-  }
-  if (w_out && s->width) unpack_rows(x, s->w_out, s->scale_out, 1, spec->D, s->width, w_out);
   if (b_out && s->b_out) memcpy(b_out, s->b_out, (size_t)spec->D * sizeof(float));
   return MS_OK;
 }

@@ -230,19 +230,20 @@ int64_t ms_experts_bytes(const ms_experts *experts);                   // packed
 // MS_I8: of each row of w_in and, over this rank's columns, of w_out: scale = its largest magnitude / 127, and a weight is
 // the nearest of -127 .. 127 times that. A row with a NaN or an infinity becomes NaN throughout.
 // The output bias is kept only by the rank that holds column 0 of e, so it is added once.
-// Cost: one pass over the columns, no allocation. Not for two threads on one expert.
+// Cost: one pass over the columns by `threads` (NULL: the caller alone), no allocation. Not for two calls at once on one
+// expert.
 // Errors: MS_EINVAL e or missing/unexpected bias; MS_ESHAPE with both shapes; MS_EDTYPE.
 ms_status ms_experts_pack(ms_experts *experts, int32_t e, int64_t first, int64_t count,
                           const ms_matrix *w_in, const ms_matrix *w_out, const void *b_in,
-                          const void *b_out, ms_dtype bias, ms_error *err);
+                          const void *b_out, ms_dtype bias, ms_threads *threads, ms_error *err);
 
 // The inverse: this rank's columns of expert e in the unpacked dtype, contiguous, as packed
 // (bit for bit what was packed when the dtypes are equal; MS_I8: within half a scale). Any destination may be NULL.
 //   w_in [Fr, D] (gated [2*Fr, D])   w_out [D, Fr]   b_in [Fr] ([2*Fr]) float32   b_out [D] float32
 // b_out is written only where the rank holds column 0.
-// Cost: one pass over the columns, no allocation. Errors: MS_EINVAL e outside 0..E-1.
+// Cost: as ms_experts_pack. Errors: MS_EINVAL e outside 0..E-1.
 ms_status ms_experts_unpack(const ms_experts *experts, int32_t e, void *w_in, void *w_out,
-                            float *b_in, float *b_out, ms_error *err);
+                            float *b_in, float *b_out, ms_threads *threads, ms_error *err);
 // The dtype that unpack writes weights in: the storage, MS_F32 for MS_I8.
 ms_dtype ms_experts_unpacked(const ms_experts *experts);
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
+from .threads import use_threads
 
 if TYPE_CHECKING:
     from . import _cuda
@@ -128,6 +129,7 @@ class ExpertWeights:
             raise _core.DTypeError(
                 "dtype: int8 weights are for CPUs so far; expected float32, bfloat16 or float16 on CUDA"
             )
+        use_threads()
         return engine_of(sizes.device)(
             columns=columns,
             d_model=sizes.d_model,

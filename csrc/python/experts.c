@@ -36,8 +36,9 @@ PyDoc_STRVAR(
     "Pack this rank's columns of one expert. The sources are read once and not kept.\n\n"
     "The sources hold hidden columns [first, first + count) of the expert, at least those of this "
     "rank: all of them\n"
-    "(first = 0, count = F), or just a slice. Not for two threads on one expert, nor while ffn "
-    "runs with it.\n\n"
+    "(first = 0, count = F), or just a slice. The threads of set_num_threads share the work. Not "
+    "for two calls at once\n"
+    "on one expert, nor while ffn runs with it.\n\n"
     "Args:\n"
     "    expert: 0 to E-1.\n"
     "    w_in: [count, D] (gated: [2*count, D], gate rows first) float32, bfloat16 or float16, any "
@@ -57,13 +58,19 @@ static PyObject *experts_pack(PyObject *object, PyObject *args, PyObject *kwargs
   core_state *state = core_state_of(object);
   experts_call call;
   if (experts_parse_pack(state, self->spec, &cpu, args, kwargs, &call)) return NULL;
-  ms_error err;
-  PyThreadState *gil = PyEval_SaveThread();
-  ms_status status = ms_experts_pack(self->experts, call.expert, call.first, call.count, &call.w_in,
-                                     &call.w_out, call.views[EXPERTS_B_IN].data,
-                                     call.views[EXPERTS_B_OUT].data, call.bias, &err);
-  PyEval_RestoreThread(gil);
-  PyObject *result = core_none(state, status, &err);
+  PyObject *result = NULL;
+  core_pool *pool = core_pool_take(state);
+  if (pool) {
+    ms_error err;
+    PyThreadState *gil = PyEval_SaveThread();
+    ms_status status =
+        ms_experts_pack(self->experts, call.expert, call.first, call.count, &call.w_in, &call.w_out,
+                        call.views[EXPERTS_B_IN].data, call.views[EXPERTS_B_OUT].data, call.bias,
+                        pool->threads, &err);
+    PyEval_RestoreThread(gil);
+    core_pool_give_back(state, pool);
+    result = core_none(state, status, &err);
+  }
   experts_call_close(&call);
   return result;
 }
@@ -93,15 +100,20 @@ static PyObject *experts_unpack(PyObject *object, PyObject *args, PyObject *kwar
   core_state *state = core_state_of(object);
   experts_call call;
   if (experts_parse_unpack(state, self->spec, &cpu, args, kwargs, &call)) return NULL;
-  float *b_out = call.views[EXPERTS_B_OUT].data;
-  ms_error err;
-  PyThreadState *gil = PyEval_SaveThread();
-  if (b_out) memset(b_out, 0, (size_t)self->spec->D * sizeof *b_out);
-  ms_status status =
-      ms_experts_unpack(self->experts, call.expert, call.views[EXPERTS_W_IN].data,
-                        call.views[EXPERTS_W_OUT].data, call.views[EXPERTS_B_IN].data, b_out, &err);
-  PyEval_RestoreThread(gil);
-  PyObject *result = core_none(state, status, &err);
+  PyObject *result = NULL;
+  core_pool *pool = core_pool_take(state);
+  if (pool) {
+    float *b_out = call.views[EXPERTS_B_OUT].data;
+    ms_error err;
+    PyThreadState *gil = PyEval_SaveThread();
+    if (b_out) memset(b_out, 0, (size_t)self->spec->D * sizeof *b_out);
+    ms_status status = ms_experts_unpack(self->experts, call.expert, call.views[EXPERTS_W_IN].data,
+                                         call.views[EXPERTS_W_OUT].data,
+                                         call.views[EXPERTS_B_IN].data, b_out, pool->threads, &err);
+    PyEval_RestoreThread(gil);
+    core_pool_give_back(state, pool);
+    result = core_none(state, status, &err);
+  }
   experts_call_close(&call);
   return result;
 }

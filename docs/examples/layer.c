@@ -29,7 +29,7 @@ static ms_status pack(const model *m, const int64_t *columns, ms_experts **out, 
   for (int32_t e = 0; e < E; e++) { // dtype, rows, columns, and the strides of both in elements
     ms_matrix w_in = {m->w_in[e], MS_F32, F, D, D, 1};
     ms_matrix w_out = {m->w_out[e], MS_F32, D, F, F, 1};
-    MS_TRY(ms_experts_pack(*out, e, 0, F, &w_in, &w_out, NULL, NULL, MS_F32, err));
+    MS_TRY(ms_experts_pack(*out, e, 0, F, &w_in, &w_out, NULL, NULL, MS_F32, NULL, err));
   }
   return MS_OK;
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -155,8 +156,7 @@ def activation_of(function: Callable[[torch.Tensor], torch.Tensor]) -> Activatio
     Raises:
         ArgumentError: one that the kernels do not have.
     """
-    x = torch.linspace(-40, 40, 321)
-    name = _same(function, {name: (x, known(x)) for name, known in _PLAIN.items()})
+    name = _same(function, *_plain_values())
     if name is None:
         raise _core.ArgumentError(
             f"activation: {_name_of(function)} computes none of {', '.join(_PLAIN)}, which the kernels have"
@@ -174,13 +174,7 @@ def gate_of(function: Callable[[torch.Tensor], torch.Tensor], interleaved: bool)
     Raises:
         ArgumentError: it computes something else.
     """
-    gate = torch.linspace(-40, 40, 321)
-    up = gate.roll(100)
-    both = torch.stack((gate, up), -1).flatten() if interleaved else torch.cat((gate, up))
-    known = {name: (both, known(gate) * up) for name, known in _PLAIN.items()}
-    held = gate.clamp(max=7.0)
-    known["clamped_swiglu"] = (both, held * torch.sigmoid(1.702 * held) * (up.clamp(-7, 7) + 1))
-    name = _same(function, known)
+    name = _same(function, *_gate_values(interleaved))
     if name is None:
         raise _core.ArgumentError(
             f"gate: {_name_of(function)} computes neither act(gate) * up with one of {', '.join(_PLAIN)}, "
@@ -198,16 +192,39 @@ _PLAIN: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+# Arguments, and the values of each known function there. A model asks for every expert: made once.
+Values = tuple[torch.Tensor, dict["Activation", torch.Tensor]]
+
+
+@cache
+@torch.no_grad()
+def _plain_values() -> Values:
+    x = torch.linspace(-40, 40, 321, dtype=torch.float32, device="cpu")
+    return x, {name: known(x) for name, known in _PLAIN.items()}
+
+
+@cache
+@torch.no_grad()
+def _gate_values(interleaved: bool) -> Values:
+    gate, plain = _plain_values()
+    up = gate.roll(100)
+    both = torch.stack((gate, up), -1).flatten() if interleaved else torch.cat((gate, up))
+    values = {name: activated * up for name, activated in plain.items()}
+    held = gate.clamp(max=7.0)
+    values["clamped_swiglu"] = held * torch.sigmoid(1.702 * held) * (up.clamp(-7, 7) + 1)
+    return both, values
+
+
+@torch.no_grad()
 def _same(
-    function: Callable[[torch.Tensor], torch.Tensor], known: dict[Activation, tuple[torch.Tensor, torch.Tensor]]
+    function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, known: dict[Activation, torch.Tensor]
 ) -> Activation | None:
     """The name under which the function's values are found."""
-    with torch.no_grad():
-        for name, (x, expected) in known.items():
-            found = function(x[None])[0]
-            # float32 leaves an error of an ulp of 1 in gelu's far tail, which a gate multiplies by at most 40.
-            if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-5, atol=4e-5):
-                return name
+    found = function(x[None])[0]
+    for name, expected in known.items():
+        # float32 leaves an error of an ulp of 1 in gelu's far tail, which a gate multiplies by at most 40.
+        if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-5, atol=4e-5):
+            return name
     return None
 
 

@@ -130,7 +130,7 @@ static ms_experts *pack(const problem *p, ms_dtype storage, int64_t start, int64
     ms_matrix w_in = {p->w_in + e * rows * p->D, MS_F32, rows, p->D, p->D, 1};
     ms_matrix w_out = {p->w_out + e * p->D * p->F, MS_F32, p->D, p->F, p->F, 1};
     CHECK(ms_experts_pack(x, e, 0, p->F, &w_in, &w_out, p->b_in ? p->bias_in + e * rows : NULL,
-                          p->b_out ? p->bias_out + e * p->D : NULL, MS_F32, &err) == MS_OK);
+                          p->b_out ? p->bias_out + e * p->D : NULL, MS_F32, NULL, &err) == MS_OK);
   }
   return x;
 }
@@ -346,7 +346,7 @@ static void packing_is_undone_bit_for_bit(void) {
   int64_t width = 23;
   float *w_in = malloc((size_t)(2 * width * p.D) * 4), *w_out = malloc((size_t)(width * p.D) * 4);
   float b_in[46];
-  CHECK(ms_experts_unpack(x, 1, w_in, w_out, b_in, NULL, &err) == MS_OK);
+  CHECK(ms_experts_unpack(x, 1, w_in, w_out, b_in, NULL, NULL, &err) == MS_OK);
   int32_t wrong = 0;
   for (int64_t half = 0; half < 2; half++)
     for (int64_t f = 0; f < width; f++) {
@@ -387,7 +387,7 @@ static void int8_keeps_weights_within_half_a_scale(void) {
   ms_experts *x = pack(&p, MS_I8, start, stop);
   CHECK(ms_experts_unpacked(x) == MS_F32);
   float *w_in = malloc((size_t)(2 * width * p.D) * 4), *w_out = malloc((size_t)(width * p.D) * 4);
-  CHECK(ms_experts_unpack(x, 0, w_in, w_out, NULL, NULL, &err) == MS_OK);
+  CHECK(ms_experts_unpack(x, 0, w_in, w_out, NULL, NULL, NULL, &err) == MS_OK);
   for (int64_t half = 0; half < 2; half++)
     for (int64_t f = 0; f < width; f++) {
       const float *got = w_in + (half * width + f) * p.D;
@@ -416,7 +416,7 @@ static void transposed_sources_and_slices_pack_alike(void) {
   for (int64_t d = 0; d < p.D; d++)
     memcpy(out_slice + d * 12, p.w_out + d * p.F + 4, 12 * sizeof(float));
   ms_matrix w_in = {in_t + 4, MS_F32, 12, p.D, 1, p.F}, w_out = {out_slice, MS_F32, p.D, 12, 12, 1};
-  CHECK(ms_experts_pack(other, 0, 4, 12, &w_in, &w_out, NULL, NULL, MS_F32, &err) == MS_OK);
+  CHECK(ms_experts_pack(other, 0, 4, 12, &w_in, &w_out, NULL, NULL, MS_F32, NULL, &err) == MS_OK);
   float *a = run(&p, whole, 1), *b = run(&p, other, 1);
   CHECK(memcmp(a, b, (size_t)(p.T * p.D) * 4) == 0);
   free(a);
@@ -511,14 +511,14 @@ static void bad_input_is_named(void) {
   problem p = make(2, 8, 8, 1, 2, MS_RELU, false, false);
   ms_experts *x = pack(&p, MS_F32, 0, 8);
   ms_matrix w_in = {p.w_in, MS_F32, 8, 8, 8, 1}, w_out = {p.w_out, MS_F32, 8, 7, 7, 1};
-  CHECK(ms_experts_pack(x, 2, 0, 8, &w_in, &w_out, NULL, NULL, MS_F32, &err) == MS_EINVAL);
+  CHECK(ms_experts_pack(x, 2, 0, 8, &w_in, &w_out, NULL, NULL, MS_F32, NULL, &err) == MS_EINVAL);
   CHECK(strstr(err.msg, "expert: got 2, expected 0 to 1"));
-  CHECK(ms_experts_pack(x, 0, 0, 8, &w_in, &w_out, NULL, NULL, MS_F32, &err) == MS_ESHAPE);
+  CHECK(ms_experts_pack(x, 0, 0, 8, &w_in, &w_out, NULL, NULL, MS_F32, NULL, &err) == MS_ESHAPE);
   CHECK(strstr(err.msg, "w_out: got [8, 7], expected [8, 8]"));
-  CHECK(ms_experts_pack(x, 0, 1, 7, &w_in, &w_out, NULL, NULL, MS_F32, &err) == MS_ESHAPE);
+  CHECK(ms_experts_pack(x, 0, 1, 7, &w_in, &w_out, NULL, NULL, MS_F32, NULL, &err) == MS_ESHAPE);
   CHECK(strstr(err.msg, "sources hold columns [1, 8), this rank needs [0, 8)"));
   w_out.cols = w_out.row_stride = 8;
-  CHECK(ms_experts_pack(x, 0, 0, 8, &w_in, &w_out, p.w_in, NULL, MS_F32, &err) == MS_EINVAL);
+  CHECK(ms_experts_pack(x, 0, 0, 8, &w_in, &w_out, p.w_in, NULL, MS_F32, NULL, &err) == MS_EINVAL);
   CHECK(strstr(err.msg, "b_in: unexpected"));
   ms_experts_free(x);
   ms_experts_free(NULL);

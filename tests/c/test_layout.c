@@ -239,7 +239,7 @@ static ms_experts *pack(const problem *p, int32_t rank) {
     ms_matrix w_in = {p->w_in + e * rows * p->D, MS_F32, rows, p->D, p->D, 1};
     ms_matrix w_out = {p->w_out + e * p->D * F, MS_F32, p->D, F, F, 1};
     CHECK_OK(ms_experts_pack(x, e, 0, F, &w_in, &w_out, p->biases ? p->b_in + e * rows : NULL,
-                             p->biases ? p->b_out + e * p->D : NULL, MS_F32, &err),
+                             p->biases ? p->b_out + e * p->D : NULL, MS_F32, NULL, &err),
              err);
   }
   return x;
