@@ -9,6 +9,7 @@ experts come from the mapped files, one by one and only the columns of this rank
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from . import _core
 from .adapters import Capacity, find_adapter
@@ -63,7 +65,8 @@ def from_pretrained(
     checkpoint in a way that cannot be done piece by piece, one layer's parameter instead of one expert.
 
     Args:
-        cls: the model's class, or an Auto class (``AutoModel`` ...).
+        cls: the model's class, or an Auto class (``AutoModel`` ...). A class of code from the hub is loaded by
+            transformers too: a ``from_pretrained`` of its own is not called.
         path: a folder with ``model.safetensors``, or with its index and the files it names; or a name on the hub.
         group: the ranks. ``None``: :func:`moeshard.init`.
         plan: the layout, as in :func:`moeshard.shard`.
@@ -147,9 +150,20 @@ def _build(
     built: list[nn.Module] = []
     taken: list[_Taken] = []
 
+    foreign = made.__module__.partition(".")[0] != "transformers"
+    computed: list[tuple[nn.Module, str, torch.Tensor]] = []
+    has_pooler = any("pooler" in name.split(".") for name in [*checkpoint.entries, *checkpoint.broken])
+
     # from_pretrained calls the class, then loads `state` into what it gets: between the two, the experts go.
     def build(self: Any, *arguments: Any, **options: Any) -> None:
-        made.__init__(self, *arguments, **options)
+        if not has_pooler and "add_pooling_layer" in inspect.signature(made).parameters:
+            options["add_pooling_layer"] = False
+        with _buffers_in_memory() if foreign and CONVERTS else contextlib.nullcontext():
+            made.__init__(self, *arguments, **options)
+        if foreign and CONVERTS:
+            computed.extend(_unstored_buffers(self))
+            if not hasattr(self, "all_tied_weights_keys"):  # loading needs what post_init makes
+                self.post_init()
         built.append(self)
         if CONVERTS:
             taken.append(_Taken(self, checkpoint, state))
@@ -164,16 +178,48 @@ def _build(
     derived = type(made.__name__, (made,), {**names, "__module__": made.__module__, "__qualname__": made.__qualname__})
     options = {} if torch_dtype is None else {"dtype": torch_dtype}
     with _progress_bars(transformers, shown):
-        model, info = derived.from_pretrained(  # type: ignore[attr-defined]
-            None, config=config, state_dict=state, output_loading_info=True, **options
-        )
+        # Code from the hub may have one of its own, which reads whole files.
+        load = transformers.PreTrainedModel.from_pretrained.__func__ if foreign else made.from_pretrained.__func__
+        model, info = load(derived, None, config=config, state_dict=state, output_loading_info=True, **options)
     model.__class__ = made
+    for module, name, buffer in computed:
+        module._buffers[name] = buffer
     missing = sorted({*info.get("missing_keys", ()), *(str(key) for key in info.get("mismatched_keys", ()))})
     if missing:  # what our own check let pass; transformers has made these up
         raise CheckpointError(str(checkpoint.folder), [f"{name}: transformers finds it missing" for name in missing])
     if CONVERTS:  # to undo, when the model is saved, also what was done to experts
         model._weight_conversions = taken[0].found.conversions
     return model, taken[0]
+
+
+@contextlib.contextmanager
+def _buffers_in_memory() -> Iterator[None]:
+    """Modules made meanwhile have buffers with their values, and parameters without memory.
+
+    The 5 line builds all on the meta device, and lets its classes compute again the buffers that no checkpoint has;
+    code that was not written for it cannot.
+    """
+
+    def empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:  # None leaves it as it is; one that is tied must stay one
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(empty)  # type: ignore[arg-type]  # what it returns is taken
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        handle.remove()
+
+
+def _unstored_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+    """The buffers that no checkpoint has: module, name, values."""
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers.get(name)
+            if buffer is not None:
+                yield module, name, buffer
 
 
 @contextlib.contextmanager

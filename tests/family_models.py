@@ -2,10 +2,14 @@
 """Small seeded models of every family, and what each should compute."""
 
 import functools
+import shutil
+from pathlib import Path
 
+import modeling_hf_nomic_bert
 import torch
 import transformers
-from modeling_hf_nomic_bert import NomicBertModel
+from huggingface_hub import save_torch_state_dict
+from modeling_hf_nomic_bert import NomicBertConfig, NomicBertModel
 from torch import nn
 
 VOCABULARY = 97
@@ -87,9 +91,25 @@ def _right_nllb_experts(experts, hidden, first_mask, gates):
     return out
 
 
-def nomic():
+def nomic(**changes):
     torch.manual_seed(0)
-    return NomicBertModel(VOCABULARY, d_model=40, d_ff=37, experts=5, top_k=2, layers=2).eval()
+    sizes = {"n_embd": 40, "n_inner": 37, "num_experts": 5, **changes}
+    config = NomicBertConfig(
+        **sizes, vocab_size=VOCABULARY, n_layer=2, n_head=4, moe_top_k=2, bos_token_id=0, eos_token_id=2
+    )
+    return NomicBertModel(config, add_pooling_layer=False).eval()
+
+
+def save_nomic(model, folder, max_shard_size="50GB"):
+    """A checkpoint as it lies on the hub: weights, configuration, and the code that they need."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(model.state_dict(), folder, max_shard_size=max_shard_size)
+    code = "modeling_hf_nomic_bert"
+    model.config.auto_map = {"AutoConfig": f"{code}.NomicBertConfig", "AutoModel": f"{code}.NomicBertModel"}
+    model.config.architectures = ["NomicBertModel"]
+    model.config.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    model.config.save_pretrained(folder)
+    shutil.copy(modeling_hf_nomic_bert.__file__, folder)
 
 
 FAMILIES = {"nllb": nllb, "nomic": nomic}

@@ -32,6 +32,7 @@ CHECKPOINTS = {
     "google/switch-base-8": checkpoint,
     "google/switch-base-128": checkpoint,
     "mistralai/Mixtral-8x7B-v0.1": lambda folder: family_models.mixtral().save_pretrained(folder),
+    "nomic-ai/nomic-embed-text-v2-moe": lambda folder: family_models.save_nomic(family_models.nomic(), folder),
 }
 
 
@@ -88,6 +89,7 @@ def run(command: list[str], folder: Path) -> str:
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(folder / "modules"),
         "OMP_WAIT_POLICY": "passive",
     }
     done = subprocess.run(

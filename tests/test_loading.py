@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from family_models import FAMILIES, tokens
+from family_models import FAMILIES, nomic, save_nomic, tokens
 from family_models import inputs as family_inputs
+from modeling_hf_nomic_bert import NomicBertModel
 from safetensors.torch import load_file, save_file
 from switch_models import batch, run, switch_model
 from transformers import AutoModel, SwitchTransformersEncoderModel, SwitchTransformersForConditionalGeneration
@@ -247,7 +248,7 @@ def loaded_and_saved(group, family, folder):
 
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "nomic"])  # no transformers model of this tree
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "nomic"])  # it has test_hub_code.py
 def test_every_family_is_loaded_and_saved_as_huggingface_does(workers, tmp_path, family, ranks, dtype):
     FAMILIES[family]().to(dtype).save_pretrained(tmp_path / "original")
     for facts in on(workers, ranks, loaded_and_saved, family, tmp_path):
@@ -411,12 +412,14 @@ def resident(peak=False):
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM" if peak else "VmRSS"))
 
 
-def loading_peak(folder, stacked):
+def loading_peak(folder, family):
     """Bytes that loading took at most, and those that stay, above what the process had."""
     group = moeshard.init()
-    if stacked:
+    cls = {"switch": SwitchTransformersEncoderModel, "nomic": NomicBertModel}.get(family)
+    if family == "stacked":
         from transformers.models.mixtral import modeling_mixtral as modeling
-    cls = modeling.MixtralForCausalLM if stacked else SwitchTransformersEncoderModel
+
+        cls = modeling.MixtralForCausalLM
     small = Path(folder) / "small"
     moeshard.from_pretrained(cls, small, group=group, progress=False)  # imports and first-call memory
     gc.collect()
@@ -429,7 +432,7 @@ def loading_peak(folder, stacked):
     return peak - before, after - before, share
 
 
-@pytest.mark.parametrize("family", ["switch", pytest.param("stacked", marks=NEW)])
+@pytest.mark.parametrize("family", ["switch", "nomic", pytest.param("stacked", marks=NEW)])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_no_more_than_a_ranks_share_and_one_expert_is_ever_in_memory(tmp_path, family, ranks):
     d_model, d_ff, experts = 512, 1024, 64
@@ -437,6 +440,9 @@ def test_no_more_than_a_ranks_share_and_one_expert_is_ever_in_memory(tmp_path, f
         saved(tmp_path / "small")
         large = {"num_experts": experts, "d_model": d_model, "d_ff": d_ff, "num_layers": 2}
         saved(tmp_path / "large", num_sparse_encoder_layers=1, **large)
+    elif family == "nomic":
+        save_nomic(nomic(), tmp_path / "small")
+        save_nomic(nomic(n_embd=d_model, n_inner=d_ff, num_experts=experts // 2), tmp_path / "large")
     else:
         from transformers.models.mixtral import modeling_mixtral as modeling
 
@@ -445,9 +451,9 @@ def test_no_more_than_a_ranks_share_and_one_expert_is_ever_in_memory(tmp_path, f
         config.update({"hidden_size": d_model, "intermediate_size": d_ff, "num_local_experts": 16})
         config.head_dim = 16
         modeling.MixtralForCausalLM(config).save_pretrained(tmp_path / "large")
-    expert = (2 if family == "switch" else 3) * d_model * d_ff * 4
+    expert = (3 if family == "stacked" else 2) * d_model * d_ff * 4
     with moeshard.launch(ranks, timeout=60) as fresh:
-        for peak, stays, share in fresh.run(loading_peak, str(tmp_path), family == "stacked"):
+        for peak, stays, share in fresh.run(loading_peak, str(tmp_path), family):
             # 16 MiB: the model's other weights, pages that the system maps in advance, Python's own objects
             assert share <= peak <= 1.1 * share + expert + 16 * MIB, (peak / MIB, share / MIB)
             assert stays <= 1.1 * share + 16 * MIB
