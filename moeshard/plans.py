@@ -234,6 +234,30 @@ class Plan:
         )
 
 
+def same_layer(one: str, other: str) -> bool:
+    """Whether two names mean one layer: equal, or equal but for what stands before a dot."""
+    return one == other or one.endswith(f".{other}") or other.endswith(f".{one}")
+
+
+def find_layer(names: Sequence[str], name: str, what: str) -> int:
+    """The number of a layer: the one of that name, or the only one that means the same; without a name, the only one.
+
+    Args:
+        names: of the layers that there are.
+        name: to be found.
+        what: has these layers, for the message.
+
+    Raises:
+        ArgumentError: there is no such layer, or more than one.
+    """
+    if name in names:
+        return names.index(name)
+    same = [number for number, other in enumerate(names) if not name or same_layer(other, name)]
+    if len(same) != 1:
+        raise _core.ArgumentError(f"{what}: it has no layer {name!r}, only {', '.join(names)}")
+    return same[0]
+
+
 PlanChoice: TypeAlias = 'Plan | ModelPlan | Mapping[str, Plan] | Literal["auto", "shard", "expert_parallel"]'
 
 

@@ -224,19 +224,6 @@ def test_bad_arguments_are_named(change, error, message):
         place(arguments.pop("routing"), **arguments)
 
 
-@pytest.mark.parametrize(
-    ("experts", "error", "message"),
-    [
-        ([[[0.5]]], DTypeError, "experts: expected integers"),
-        ([[0]], ShapeError, r"experts: expected \[tokens, layers, choices\]"),
-        ([[[4]]], RangeError, r"experts\[0, 0, 0\]: got 4, expected -1 to 3"),
-    ],
-)
-def test_bad_paths_are_named(experts, error, message):
-    with pytest.raises(error, match=message):
-        TokenPaths(experts, 4)
-
-
 def test_files_come_back(tmp_path):
     paths = correlated(200, 3, 8, 0.5)
     paths.save(tmp_path / "paths.npz")
@@ -276,20 +263,6 @@ def test_polish_takes_nothing_above_the_cap(monkeypatch, all_on_rank_0):
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_model_is_recorded_without_its_padding():
-    model, inputs = switch_model(), [batch(4, 9, seed=1), batch(2, 5, seed=2)]
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    paths = moeshard.record_routing(model, inputs)
-    assert paths.experts.shape == (sum(int(one["attention_mask"].sum()) for one in inputs), 2, 1)
-    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
-    sharded = moeshard.shard(model, progress=False)
-    with torch.no_grad():
-        sharded(input_ids=inputs[0]["input_ids"][:, :3])
-    assert [name for name, _ in sharded_layers(sharded)] == list(paths.layers)
-    recorded = moeshard.record_routing(sharded, inputs)
-    np.testing.assert_array_equal(recorded.experts, paths.experts)
 
 
 def placed(group):

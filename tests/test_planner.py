@@ -208,7 +208,7 @@ def test_histograms_come_in_many_forms():
         pytest.param({"histogram": np.zeros(16)}, moeshard.ArgumentError, "all numbers are 0", id="nobody"),
         pytest.param({"histogram": [*[1] * 15, -1]}, moeshard.ArgumentError, "expert 15.*-1", id="negative"),
         pytest.param({"histogram": [*[1] * 15, math.nan]}, moeshard.ArgumentError, "expert 15.*nan", id="nan"),
-        pytest.param({"histogram": {"l": [1]}}, moeshard.ArgumentError, "no entry for layer 'layer'", id="name"),
+        pytest.param({"histogram": {"l": [1]}}, moeshard.ArgumentError, "no layer 'layer', only l$", id="name"),
         pytest.param({"histogram": "0.6"}, moeshard.ArgumentError, "SHARE:PART", id="half-a-skew"),
         pytest.param({"histogram": "60:0.1"}, moeshard.ArgumentError, "0.6:0.1", id="percent"),
         pytest.param({"histogram": "words"}, moeshard.ArgumentError, "SHARE:PART", id="words"),
@@ -450,7 +450,7 @@ def test_the_command_of_the_issue(capsys, monkeypatch, tmp_path):
         ("--ranks 0", "ranks"),
         ("--skew 1", "SHARE:PART"),
         ("--straggler 1 --simulate", "--straggler"),
-        ("--histogram counts.txt", ".npy or .json"),
+        ("--histogram counts.txt", ".npy, .json or .npz"),
         ("--config /no/such/file", "No such file"),
     ],
 )

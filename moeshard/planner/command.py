@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import ArgumentError
 from ..experts import STORAGES
+from ..paths import TokenPaths
 from .histograms import parse_skew
 from .machines import PRESETS as MACHINES
 from .machines import machine
@@ -36,7 +37,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--skew", metavar="SHARE:PART", help="0.6:0.1: 60 %% of the choices go to 10 %% of the experts (all alike)"
     )
     work.add_argument(
-        "--histogram", type=Path, metavar="FILE", help="counts of the experts, [E] or [L, E]: .npy, or .json"
+        "--histogram",
+        type=Path,
+        metavar="FILE",
+        help="counts of the experts, [E] or [L, E]: .npy, or .json; or .npz: token paths of moeshard.record_routing",
     )
     ranks = parser.add_argument_group("the ranks")
     ranks.add_argument("--ranks", type=int, default=2, metavar="R", help="(%(default)s)")
@@ -143,7 +147,9 @@ def _histogram(options: argparse.Namespace) -> object:
         return np.load(path, allow_pickle=False)
     if path.suffix == ".json":
         return json.loads(path.read_text())
-    raise ArgumentError(f"--histogram: expected a .npy or .json file, got {path}")
+    if path.suffix == ".npz":
+        return TokenPaths.load(path)
+    raise ArgumentError(f"--histogram: expected a .npy, .json or .npz file, got {path}")
 
 
 def _pair(name: str, text: str) -> tuple[float, float]:

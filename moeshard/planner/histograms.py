@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _core
+from ..paths import TokenPaths
+from ..plans import find_layer
 from .shapes import LayerShape, ModelShape
 
 Load = NDArray[np.float64]
@@ -64,7 +66,8 @@ def loads(model: ModelShape, histogram: object, tokens: float) -> list[Load]:
         model: the layers.
         histogram: popularity of the experts, in any unit. ``None``: uniform; ``"0.6:0.1"``: 60 % of the choices go to
             10 % of the experts; ``[E]`` for all layers or ``[L, E]``; a mapping from layer names to ``[E]``; what
-            :func:`moeshard.report` returned.
+            :func:`moeshard.report` returned; or what :func:`moeshard.record_routing` did, of which only the counts
+            are used. Names count as in :meth:`moeshard.ModelPlan.for_layer`.
         tokens: of all ranks.
 
     Returns:
@@ -74,6 +77,11 @@ def loads(model: ModelShape, histogram: object, tokens: float) -> list[Load]:
         ShapeError: a histogram for another number of layers or experts.
         ArgumentError: negative or not finite, all zero, a layer without one, or an expert with more choices than there
             are tokens (a token chooses an expert once).
+
+    Example:
+        >>> paths = TokenPaths([[[0]], [[0]], [[0]], [[1]]], num_experts=2, layers=("mlp",))
+        >>> loads(ModelShape("model", (LayerShape("block.0.mlp", 2, 64, 256),)), paths, 100)[0].tolist()
+        [75.0, 25.0]
     """
     found: list[Load]
     if histogram is None:
@@ -81,6 +89,8 @@ def loads(model: ModelShape, histogram: object, tokens: float) -> list[Load]:
     elif isinstance(histogram, str):
         skew = parse_skew(histogram)
         found = [skewed(layer.num_experts, *skew) for layer in model.layers]
+    elif isinstance(histogram, TokenPaths):
+        found = _by_name(model, dict(zip(histogram.layers, histogram.counts, strict=True)))
     elif hasattr(histogram, "layers"):
         found = _by_name(model, {layer.name: layer.histogram for layer in histogram.layers})
     elif isinstance(histogram, Mapping):
@@ -91,12 +101,8 @@ def loads(model: ModelShape, histogram: object, tokens: float) -> list[Load]:
 
 
 def _by_name(model: ModelShape, histograms: Mapping[str, object]) -> list[Load]:
-    missing = [layer.name for layer in model.layers if layer.name not in histograms]
-    if missing:
-        raise _core.ArgumentError(
-            f"histogram: no entry for layer {missing[0]!r}, got {', '.join(map(repr, histograms)) or 'none'}"
-        )
-    return [_numbers(histograms[layer.name]) for layer in model.layers]
+    names = list(histograms)
+    return [_numbers(histograms[names[find_layer(names, layer.name, "histogram")]]) for layer in model.layers]
 
 
 def _by_shape(model: ModelShape, histogram: object) -> list[Load]:

@@ -53,8 +53,9 @@ def plan(
             :func:`moeshard.planner.model_shape`.
         ranks: number of ranks R, 1 to 1024.
         tokens: of each rank in a call: one number, or R of them.
-        histogram: how popular the experts are; ``None``: all alike. Arrays, ``"0.6:0.1"``, a mapping or a
-            :func:`moeshard.report`, see :func:`moeshard.planner.histograms.loads`.
+        histogram: how popular the experts are; ``None``: all alike. Arrays, ``"0.6:0.1"``, a mapping, a
+            :func:`moeshard.report` or recorded :class:`moeshard.TokenPaths`, see
+            :func:`moeshard.planner.histograms.loads`.
         devices: what the ranks are; ``None``: this machine (``moeshard doctor --calibrate`` measures it). A preset such
             as ``"h100"``, see :func:`moeshard.planner.machine`.
         layout: ``"auto"``: the fastest; or only one family.

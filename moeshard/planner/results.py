@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _core
-from ..plans import Plan
+from ..plans import Plan, find_layer, same_layer
 from ..tables import Tabular
 from .machines import Machine
 from .shapes import LayerShape, ModelShape
@@ -152,16 +152,7 @@ class ModelPlan(Tabular):
             >>> moeshard.plan("nomic-embed-v2-moe", ranks=2, tokens=64).for_layer("encoder.layers.1.mlp").ranks
             2
         """
-        same = [layer for layer in self.layers if layer.name == name] or [
-            layer for layer in self.layers if _same(layer.name, name)
-        ]
-        if not name and len(self.layers) == 1:
-            same = list(self.layers)
-        if len(same) != 1:
-            raise _core.ArgumentError(
-                f"plan: it has no layer {name!r}, only {', '.join(layer.name for layer in self.layers)}"
-            )
-        return same[0].plan
+        return self.layers[find_layer([layer.name for layer in self.layers], name, "plan")].plan
 
     def check_layers(self, names: Sequence[str]) -> None:
         """Check that the plan has no layer that a model does not have.
@@ -171,7 +162,7 @@ class ModelPlan(Tabular):
         """
         if names == [""]:
             return
-        extra = [layer.name for layer in self.layers if not any(_same(layer.name, name) for name in names)]
+        extra = [layer.name for layer in self.layers if not any(same_layer(layer.name, name) for name in names)]
         if extra:
             raise _core.ArgumentError(
                 f"plan: made for {len(self.layers)} layers, but the model has no {', '.join(extra)}; it has "
@@ -356,11 +347,6 @@ class ModelPlan(Tabular):
             )
         model = ModelShape(found["model"], tuple(layer.shape for layer in layers))
         return cls(model, found["ranks"], tuple(found["tokens"]), Machine.from_dict(found["machine"]), tuple(layers))
-
-
-def _same(one: str, other: str) -> bool:
-    """Whether two names mean one layer: equal, or equal but for what stands before a dot."""
-    return one == other or one.endswith(f".{other}") or other.endswith(f".{one}")
 
 
 _ARRAYS = ("ffn", "memory", "gathered", "combined")
