@@ -128,7 +128,7 @@ def shard(
         with interrupts_put_off():
             model, loads = replace_blocks(model, sites, group, capacity, replicated)
             paddings = {reader: Padding(reader, trailing=trailing) for reader in dict.fromkeys(told_by)}
-            for reader, by_router, (_, original) in zip(told_by, left_to_router, _replaced(model), strict=False):
+            for reader, by_router, (*_, original) in zip(told_by, left_to_router, _replaced(model), strict=False):
                 if not by_router:
                     original.experts.padding = paddings[reader]
             sites.clear()  # they would keep the originals
@@ -225,22 +225,26 @@ def originals(model: nn.Module) -> list[tuple[Places, Original]]:
         ArgumentError: there is none, or the plan has pruned experts, whose weights are gone.
     """
     found = list(_replaced(model))
-    for _, original in found:
-        pruned = np.flatnonzero(original.experts.plan.copies == 0).tolist()
-        if pruned:
-            raise _core.ArgumentError(
-                f"model: the plan it was sharded with has pruned experts {pruned}: no rank has them"
-            )
     if not found:
         raise _core.ArgumentError("model: it is not sharded")
-    return found
+    pruned = {
+        name or type(original.block).__name__: np.flatnonzero(original.experts.plan.copies == 0).tolist()
+        for name, _, original in found
+    }
+    gone = "; ".join(f"experts {experts} of {name}" for name, experts in pruned.items() if experts)
+    if gone:
+        raise _core.ArgumentError(
+            f"model: the plan it was sharded with prunes {gone}: no rank has their weights, so it cannot be made whole "
+            "or saved. Keep the checkpoint it was loaded from, or shard with a plan in which every expert has a copy"
+        )
+    return [(places, original) for _, places, original in found]
 
 
-def _replaced(model: nn.Module) -> Iterable[tuple[Places, Original]]:
-    for _, places, module in _modules(model):
+def _replaced(model: nn.Module) -> Iterable[tuple[str, Places, Original]]:
+    for name, places, module in _modules(model):
         original: object = getattr(module, "moeshard_original", None)
         if isinstance(original, Original):
-            yield places, original
+            yield name, places, original
 
 
 def _sites(model: nn.Module, group: Group, plan: PlanChoice, dtype: object) -> list[Site]:

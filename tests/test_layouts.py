@@ -13,6 +13,7 @@ from switch_models import batch as model_batch
 from switch_models import compare, run, switch_model
 from test_core_exchange import on_ranks
 from test_group import over_gloo
+from transformers import SwitchTransformersEncoderModel
 from workers import on_ranks as on_workers
 from workers import subgroup
 
@@ -306,22 +307,45 @@ def test_a_model_sharded_by_any_table_equals_huggingface(workers, ranks):
             assert worst < 1e-5 and flips == 0 and restored
 
 
-def pruned_model(group):
-    model = switch_model(num_experts=5)
-    table = Plan.shard(group.size, 5, 37)
-    columns = table.columns.copy()
-    columns[:, 3] = 0
-    moeshard.shard(model, group=group, plan=Plan.from_columns(columns, 37, [1, 1, 1, 0, 1]), progress=False)
-    run(model, model_batch(2, 5))
-    try:
-        moeshard.unshard(model)
-    except moeshard.ArgumentError as error:
-        return str(error), moeshard.report(model).layers[0].slots
+def pruned_model(group, folder, how):
+    """What is said by everything that would need all weights; whether the model then works as before; slots run."""
+    columns = Plan.shard(group.size, 5, 37).columns.copy()
+    columns[:, [1, 3]] = 0
+    plan, inputs = Plan.from_columns(columns, 37, [1, 0, 1, 0, 1]), model_batch(2, 5)
+    if how == "loaded":
+        model = moeshard.from_pretrained(
+            SwitchTransformersEncoderModel, folder / "original", group=group, plan=plan, progress=False
+        )
+    else:
+        model = moeshard.shard(switch_model(num_experts=5), group=group, plan=plan, progress=False)
+    before, said = run(model, inputs).outputs[0], []
+    for refused in (
+        lambda: moeshard.save_pretrained(model, folder / "new", progress=False),
+        lambda: moeshard.state_dict(model, rank0_only=True),
+        lambda: moeshard.unshard(model),
+    ):
+        try:
+            refused()
+        except moeshard.ArgumentError as error:
+            said.append(str(error))
+    same = torch.equal(before, run(model, inputs).outputs[0])
+    return said, same, moeshard.report(model).layers[0].slots
 
 
-def test_pruned_experts_do_not_come_back(workers):
-    for said, slots in on_workers(workers, 2, pruned_model):
-        assert "pruned experts [3]" in said and slots > 0
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("how", ["sharded", "loaded"])
+def test_pruned_experts_do_not_come_back_and_all_ranks_say_why(workers, tmp_path, ranks, how):
+    switch_model(num_experts=5).save_pretrained(tmp_path / "original")
+    results = (
+        [pruned_model(moeshard.init("one"), tmp_path, how)]
+        if ranks == 1
+        else on_workers(workers, ranks, pruned_model, tmp_path, how)
+    )
+    for said, same, slots in results:
+        assert len(set(said)) == 1 and len(said) == 3 and said == results[0][0]
+        assert "experts [1, 3] of encoder.block.1.layer.1.mlp" in said[0] and "every expert has a copy" in said[0]
+        assert same and slots > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["original"], "nothing was written"
 
 
 def other_tables(group):
