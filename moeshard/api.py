@@ -20,6 +20,7 @@ from .group import Group, init
 from .interrupts import interrupts_put_off
 from .layer import ShardedExperts, check_copies, is_replicated
 from .padding import Padding, counts_over_sequences, has_capacity, readers
+from .placement import Placement
 from .planner.results import ModelPlan
 from .plans import Plan, PlanChoice, plan_for
 from .streaming import Load, allocate, empty, pack_and_free, unpack_and_free
@@ -89,9 +90,8 @@ def shard(
         group: the ranks. ``None``: :func:`moeshard.init`.
         plan: the layout of each MoE layer. ``"auto"``, ``"shard"``: every expert over every rank;
             ``"expert_parallel"``: each expert whole on one rank; a :class:`moeshard.Plan` of the layers' sizes, see
-            ``docs/layouts.md``; what :func:`moeshard.plan` found for each layer; or plans by layer name
-            (:meth:`moeshard.Placement.plans`). A plan that prunes experts frees their weights for good: ``unshard``
-            will refuse.
+            ``docs/layouts.md``; or what :func:`moeshard.plan` or :func:`moeshard.place` found for each layer, by name.
+            A plan that prunes experts frees their weights for good: ``unshard`` will refuse.
         dtype: storage of the experts: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"int8"`` (weights within half a
             scale, see ``docs/numerics.md``) or torch's. ``None``: as it is.
         tokens: ``"local"``: each rank has its own batch; ``"replicated"``: all ranks hold the same.
@@ -266,7 +266,7 @@ def _sites(model: nn.Module, group: Group, plan: PlanChoice, dtype: object) -> l
                 f"on {site.sizes.device}; a rank works on one: model.to({first.sizes.device!r})"
             )
     _check_not_shared(model, sites)
-    if isinstance(plan, ModelPlan):
+    if isinstance(plan, (ModelPlan, Placement)):
         plan.check_layers([site.name for site in sites])
     return sites
 

@@ -7,18 +7,21 @@ The work is done in C (csrc/plan/placement.h says how); here are the arguments, 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
 from .paths import TokenPaths
-from .plans import Plan
+from .plans import Plan, check_layers, find_layer
 from .tables import Tabular
+
+if TYPE_CHECKING:
+    from .reports import Report
 
 Method = Literal["contiguous", "balanced", "two-stage", "sweep", "exact"]
 _METHODS: tuple[Method, ...] = ("contiguous", "balanced", "two-stage", "sweep", "exact")
@@ -59,6 +62,8 @@ class Unbalanceable(NamedTuple):
 @dataclass(frozen=True, eq=False, repr=False)
 class Placement(Tabular):
     """Which rank holds which whole expert. Made by :func:`moeshard.place`; prints as a table, in a notebook as HTML.
+
+    ``moeshard.shard(model, plan=this)`` carries it out.
 
     Attributes:
         owner: ``[L, E]`` int32, read-only: the rank of each expert of each layer; -1: cut over all ranks.
@@ -160,36 +165,37 @@ class Placement(Tabular):
         ]
         return tuple(sorted(experts, key=lambda expert: -expert.share))
 
-    def plans(self, d_ff: int | Sequence[int]) -> dict[str, Plan]:
-        """The layout of each layer: whole experts on their ranks; those without a rank cut over all.
+    def for_layer(self, layer: int | str, d_ff: int) -> Plan:
+        """The layout of a layer: whole experts on their ranks; those without a rank cut over all.
 
         Args:
-            d_ff: hidden width F of an expert, of all layers or of each.
-
-        Returns:
-            A plan by layer name.
+            layer: its number or name; names count as in :meth:`moeshard.ModelPlan.for_layer`.
+            d_ff: hidden width F of its experts.
 
         Raises:
-            ShapeError: not L widths.
-            ArgumentError: a width below 1.
+            ArgumentError: there is no such layer in this placement, or a width below 1.
 
         Example:
-            >>> place([[70, 10, 10, 10]], ranks=2, cut_unbalanceable=True).plans(8)["layer 0"].columns[:, :2].tolist()
+            >>> place([[70, 10, 10, 10]], ranks=2, cut_unbalanceable=True).for_layer(0, d_ff=8).columns[:, :2].tolist()
             [[[0, 4], [0, 8]], [[4, 8], [0, 0]]]
         """
-        widths = [d_ff] * len(self.layers) if isinstance(d_ff, int) else list(d_ff)
-        if len(widths) != len(self.layers):
-            raise _core.ShapeError(f"d_ff: expected one width or {len(self.layers)}, got {len(widths)}")
-        return {
-            name: self._plan(owner, width) for name, owner, width in zip(self.layers, self.owner, widths, strict=True)
-        }
-
-    def _plan(self, owner: NDArray[np.int32], d_ff: int) -> Plan:
+        number = find_layer(self.layers, layer, "placement") if isinstance(layer, str) else layer
+        if not 0 <= number < len(self.layers):
+            raise _core.ArgumentError(f"layer: expected 0 to {len(self.layers) - 1}, got {number}")
+        owner = self.owner[number]
         whole = Plan.expert_parallel(self.ranks, self.num_experts, d_ff, np.maximum(owner, 0).tolist())
         if (owner >= 0).all():
             return whole
         cut = Plan.shard(self.ranks, self.num_experts, d_ff)
         return Plan.from_columns(np.where((owner < 0)[:, None], cut.columns, whole.columns), d_ff)
+
+    def check_layers(self, names: Sequence[str]) -> None:
+        """Check that the placement has no layer that a model does not have.
+
+        Raises:
+            ArgumentError: it has; names them.
+        """
+        check_layers(self.layers, names)
 
     def remote_on(self, paths: TokenPaths) -> float:
         """The share of remote hops for other tokens.
@@ -349,7 +355,7 @@ class Placement(Tabular):
 
 
 def place(
-    routing: TokenPaths | NDArray[np.int64] | Sequence[Sequence[int]],
+    routing: TokenPaths | Report | Mapping[str, Sequence[int]] | NDArray[np.int64] | Sequence[Sequence[int]],
     ranks: int,
     *,
     method: Method = "sweep",
@@ -366,7 +372,9 @@ def place(
     ``(1 + slack) * max(mean, hottest expert)`` slots. Within that, hops between ranks are made few.
 
     Args:
-        routing: token paths of :func:`moeshard.record_routing`; or counts ``[L, E]``: then only the load is balanced.
+        routing: token paths of :func:`moeshard.record_routing`. Or counts, by which only the load is balanced: what
+            :func:`moeshard.report` returned, ``[E]`` by layer name, or ``[L, E]`` (layers without the names by which
+            ``shard`` finds them).
         ranks: number of ranks R.
         method: ``"contiguous"``: blocks of consecutive experts, whatever the routing. ``"balanced"``: loads only, the
             longest first. ``"two-stage"``: MoETuner's: balanced, then clusters are mapped to ranks. ``"sweep"``: layer
@@ -404,12 +412,11 @@ def place(
     if not 0 <= seed < 2**64:
         raise _core.ArgumentError(f"seed: expected 0 to 2**64 - 1, got {seed}")
     if not isinstance(routing, TokenPaths):
-        counts = _counts(routing)
+        counts, names = _counts(routing)
         _check_ranks(ranks)
         apart = _hotter_than_share(counts, ranks) if cut_unbalanceable else None
         how: Method = method if method in ("contiguous", "exact") else "balanced"
         owner = _core.place(how, counts, ranks, slack, apart=apart)
-        names = tuple(f"layer {number}" for number in range(len(counts)))
         return Placement(owner, ranks, counts, names, how, slack)
 
     _check_ranks(ranks)
@@ -451,15 +458,22 @@ def _with_owner(placement: Placement, owner: NDArray[np.int32]) -> Placement:
     return Placement(owner, placement.ranks, placement.counts, placement.layers, placement.method, placement.slack)
 
 
-def _counts(routing: object) -> NDArray[np.int64]:
-    counts = np.asarray(routing)
+def _counts(rows: Any) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Counts and names of the layers, of a report, a mapping or a table."""
+    if hasattr(rows, "layers"):
+        rows = {layer.name: layer.histogram for layer in rows.layers}
+    names = tuple(rows) if isinstance(rows, Mapping) else None
+    try:
+        counts = np.asarray(rows if names is None else list(rows.values()))
+    except ValueError as error:
+        raise _core.ShapeError(f"routing: expected equally many experts in all layers: {error}") from error
     if counts.dtype.kind not in "iu":
         raise _core.DTypeError(f"routing: expected token paths, or counts of integers, got {counts.dtype}")
     if counts.ndim != 2 or 0 in counts.shape:
         raise _core.ShapeError(f"routing: expected counts [layers, experts], got {list(counts.shape)}")
     if int(counts.max()) > np.iinfo(np.int64).max:
         raise _core.RangeError(f"routing: got {int(counts.max())}, expected at most 2^44 slots in a layer")
-    return counts.astype(np.int64)
+    return counts.astype(np.int64), names or tuple(f"layer {number}" for number in range(len(counts)))
 
 
 def _check_ranks(ranks: object) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from . import _core
 
 if TYPE_CHECKING:
+    from .placement import Placement
     from .planner.results import ModelPlan
 
 
@@ -234,7 +235,7 @@ class Plan:
         )
 
 
-def same_layer(one: str, other: str) -> bool:
+def _same_layer(one: str, other: str) -> bool:
     """Whether two names mean one layer: equal, or equal but for what stands before a dot."""
     return one == other or one.endswith(f".{other}") or other.endswith(f".{one}")
 
@@ -252,37 +253,54 @@ def find_layer(names: Sequence[str], name: str, what: str) -> int:
     """
     if name in names:
         return names.index(name)
-    same = [number for number, other in enumerate(names) if not name or same_layer(other, name)]
+    same = [number for number, other in enumerate(names) if not name or _same_layer(other, name)]
     if len(same) != 1:
         raise _core.ArgumentError(f"{what}: it has no layer {name!r}, only {', '.join(names)}")
     return same[0]
 
 
-PlanChoice: TypeAlias = 'Plan | ModelPlan | Mapping[str, Plan] | Literal["auto", "shard", "expert_parallel"]'
+def check_layers(planned: Sequence[str], names: Sequence[str]) -> None:
+    """Check that a plan has no layer that a model does not have.
+
+    Args:
+        planned: the names of its layers.
+        names: those of the model's.
+
+    Raises:
+        ArgumentError: it has; names them.
+    """
+    extra = [layer for layer in planned if not any(_same_layer(layer, name) for name in names)]
+    if extra and names != [""]:
+        raise _core.ArgumentError(
+            f"plan: made for {len(planned)} layers, but the model has no {', '.join(extra)}; it has {', '.join(names)}"
+        )
+
+
+PlanChoice: TypeAlias = 'Plan | ModelPlan | Placement | Literal["auto", "shard", "expert_parallel"]'
 
 
 def plan_for(plan: PlanChoice, ranks: int, num_experts: int, d_ff: int, layer: str = "") -> Plan:
     """The plan of a layer of this size; ``"auto"`` is the shard layout. A Plan must fit it.
 
     Args:
-        plan: a choice of the user's; of a mapping, the plan under the layer's name.
+        plan: a choice of the user's.
         ranks: number of ranks R.
         num_experts: number of experts E.
         d_ff: hidden width F of each expert.
-        layer: its name, by which it is found in a :class:`moeshard.ModelPlan`; without one, the only layer there.
+        layer: its name, by which it is found in a :class:`moeshard.ModelPlan` or a :class:`moeshard.Placement`;
+            without one, the only layer there.
 
     Raises:
         ShapeError: the plan is for other sizes.
         ArgumentError: the plan has no such layer, or is none.
     """
-    if isinstance(plan, Mapping):
-        if layer not in plan:
-            raise _core.ArgumentError(
-                f"plan: it has no layer {layer!r}, expected the model's; it has {', '.join(plan)}"
-            )
-        plan = plan[layer]
-    if not isinstance(plan, (Plan, str)) and hasattr(plan, "for_layer"):
+    from .placement import Placement  # these two make plans
+    from .planner.results import ModelPlan
+
+    if isinstance(plan, ModelPlan):
         plan = plan.for_layer(layer)
+    elif isinstance(plan, Placement):
+        plan = plan.for_layer(layer, d_ff)
     if isinstance(plan, Plan):
         found = (plan.ranks, plan.num_experts, plan.d_ff)
         if found != (ranks, num_experts, d_ff):
@@ -296,8 +314,8 @@ def plan_for(plan: PlanChoice, ranks: int, num_experts: int, d_ff: int, layer: s
     if plan == "expert_parallel":
         return Plan.expert_parallel(ranks, num_experts, d_ff)
     raise _core.ArgumentError(
-        "plan: expected a moeshard.Plan, what moeshard.plan returned, 'auto', 'shard' or 'expert_parallel', got "
-        f"{plan!r}"
+        "plan: expected a moeshard.Plan, what moeshard.plan or moeshard.place returned, 'auto', 'shard' or "
+        f"'expert_parallel', got {plan!r}"
     )
 
 

@@ -106,6 +106,15 @@ def test_options_and_dtypes_are_those_of_shard_and_of_huggingface(workers, tmp_p
         assert all(facts), facts
 
 
+@RANKS
+def test_a_placement_is_carried_out(workers, tmp_path, ranks):
+    folder = saved(tmp_path)
+    counts = {f"encoder.block.{block}.layer.1.mlp": [9, 1, block, 5, 5] for block in (1, 3)}
+    options = {"plan": moeshard.place(counts, ranks)}
+    for facts in on(workers, ranks, loaded_like_huggingface, KINDS["encoder"], folder, batch(3, 9), options, {}):
+        assert all(facts), facts
+
+
 def test_an_auto_class_and_a_configuration_of_ones_own(tmp_path):
     folder = saved(tmp_path)
     config = transformers.AutoConfig.from_pretrained(folder, expert_capacity=2)

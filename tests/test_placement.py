@@ -15,9 +15,10 @@ from switch_models import batch, switch_model
 from workers import on_ranks
 
 import moeshard
-from moeshard import ArgumentError, DTypeError, Placement, RangeError, ShapeError, TokenPaths, _core, place
+from moeshard import ArgumentError, DTypeError, Placement, Plan, RangeError, ShapeError, TokenPaths, _core, place
 from moeshard.layer import sharded_layers
 
+FIRST, LAST = "encoder.block.1.layer.1.mlp", "encoder.block.3.layer.1.mlp"  # of switch_model
 METHODS = ["contiguous", "balanced", "two-stage", "sweep", "exact"]
 
 
@@ -184,7 +185,7 @@ def test_an_unbalanceable_expert_is_named_and_can_be_cut():
     assert place(counts, 2).unbalanceable[0].share == 0.7
     cut = place(counts, 2, cut_unbalanceable=True)
     assert cut.owner[0, 0] == -1 and cut.loads.tolist() in ([[45, 55]], [[55, 45]])
-    columns = cut.plans(9)["layer 0"].columns
+    columns = cut.for_layer(0, d_ff=9).columns
     assert columns[:, 0].tolist() in ([[0, 5], [5, 9]], [[0, 4], [4, 9]])
 
 
@@ -211,6 +212,7 @@ def test_a_layer_alone_and_a_rank_alone():
         ({"seed": -1}, ArgumentError, "seed"),
         ({"routing": [[1.5, 2.0]]}, DTypeError, "routing: expected token paths, or counts of integers, got float64"),
         ({"routing": [1, 2]}, ShapeError, r"routing: expected counts \[layers, experts\], got \[2\]"),
+        ({"routing": {"a": [1, 2], "b": [1]}}, ShapeError, "routing: expected equally many experts in all layers"),
         ({"routing": [[3, -1]]}, RangeError, "-1"),
         ({"routing": [[2**44, 1]]}, RangeError, r"expert 1: got 1, expected 0 or more, at most 2\^44 in a layer"),
         ({"routing": [[2**53, 1]]}, RangeError, rf"expert 0: got {2**53}, .*at most 2\^44 in a layer"),
@@ -272,7 +274,7 @@ def placed(group):
         expected = model(**given).last_hidden_state
     paths = moeshard.record_routing(model, [batch(4, 9, seed=rank) for rank in range(group.size)])
     found = place(paths, group.size, cut_unbalanceable=True)
-    moeshard.shard(model, group=group, plan=found.plans(37), progress=False)
+    moeshard.shard(model, group=group, plan=found, progress=False)
     with torch.no_grad():
         output = model(**given).last_hidden_state
     held = [(layer.plan.columns[:, :, 1] > layer.plan.columns[:, :, 0]).sum(0) for _, layer in sharded_layers(model)]
@@ -291,6 +293,41 @@ def test_a_placed_model_computes_the_same(workers, ranks):
         assert together == tokens
 
 
-def test_plans_by_name_must_have_the_models_layers():
-    with pytest.raises(ArgumentError, match="plan: it has no layer 'encoder.block.1.layer.1.mlp'"):
-        moeshard.shard(switch_model(), plan=place([[1] * 8], 1).plans(37), progress=False)
+def test_a_layer_is_found_by_number_and_name():
+    found = place({"encoder.0.mlp": [1, 2, 3, 4], "encoder.1.mlp": [4, 1, 1, 4]}, 2)
+    for number, names in enumerate([("encoder.0.mlp", "0.mlp"), ("encoder.1.mlp", "model.encoder.1.mlp")]):
+        expected = Plan.expert_parallel(2, 4, 9, found.owner[number].tolist())
+        assert all(found.for_layer(layer, d_ff=9) == expected for layer in (number, *names))
+    for layer, message in (("mlp", "no layer 'mlp', only encoder.0.mlp, e"), (2, "0 to 1, got 2"), (-1, "got -1")):
+        with pytest.raises(ArgumentError, match=message):
+            found.for_layer(layer, d_ff=9)
+
+
+def test_a_report_is_counts():
+    model = switch_model(hot_expert=3)
+    moeshard.shard(model, group=moeshard.init("one"), capacity=None, progress=False)
+    with torch.no_grad():
+        model(**batch(2, 9, padded=False))
+    report = moeshard.report(model)
+    found = place(report, 2)
+    assert found.layers == tuple(layer.name for layer in report.layers) == (FIRST, LAST)
+    assert found.counts.tolist() == [layer.histogram.tolist() for layer in report.layers]
+    moeshard.unshard(model)
+    moeshard.shard(model, group=moeshard.init("one"), plan=place(report, 1), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("layers", "ranks", "error", "message"),
+    [
+        pytest.param({}, 1, ArgumentError, "placement: it has no layer 'encoder.block.1.* only layer 0", id="names"),
+        pytest.param({FIRST: 8}, 1, ArgumentError, f"no layer '{LAST}', only {FIRST}", id="one-missing"),
+        pytest.param({FIRST: 8, LAST: 8, "other": 8}, 1, ArgumentError, "the model has no other", id="one-more"),
+        pytest.param({FIRST: 7, LAST: 7}, 1, ShapeError, r"block.1.*\(1, 8, 37\).*\(1, 7, 37\)", id="experts"),
+        pytest.param({FIRST: 8, LAST: 8}, 2, ShapeError, r"block.1.*\(1, 8, 37\).*\(2, 8, 37\)", id="ranks"),
+    ],
+)
+def test_a_placement_for_another_model_is_refused_before_anything_is_changed(layers, ranks, error, message):
+    model, counts = switch_model(), {name: [1] * experts for name, experts in layers.items()}
+    with pytest.raises(error, match=message):
+        moeshard.shard(model, group=moeshard.init("one"), plan=place(counts or [[1] * 8], ranks), progress=False)
+    assert not any(isinstance(module, moeshard.ShardedExperts) for module in model.modules())

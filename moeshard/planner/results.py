@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _core
-from ..plans import Plan, find_layer, same_layer
+from ..plans import Plan, check_layers, find_layer
 from ..tables import Tabular
 from .machines import Machine
 from .shapes import LayerShape, ModelShape
@@ -160,14 +160,7 @@ class ModelPlan(Tabular):
         Raises:
             ArgumentError: it has; names them.
         """
-        if names == [""]:
-            return
-        extra = [layer.name for layer in self.layers if not any(same_layer(layer.name, name) for name in names)]
-        if extra:
-            raise _core.ArgumentError(
-                f"plan: made for {len(self.layers)} layers, but the model has no {', '.join(extra)}; it has "
-                f"{', '.join(names)}"
-            )
+        check_layers([layer.name for layer in self.layers], names)
 
     # ---- printing -------------------------------------------------------------------------------------
 
