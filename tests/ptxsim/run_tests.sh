@@ -51,6 +51,7 @@ compile kernels.cu kernels $sm80 $cubin
 compile hopper.cu hopper $sm90
 compile hopper_async.cu hopper_async $sm90
 compile races.cu races $sm80 -lineinfo
+compile cooperative.cu cooperative $sm80
 compile misc.cu misc $sm80 -Xlinker "$LIBS/libnccl.so.2"
 [ $bin/cubtest -nt tests/cubtest.cu ] || compile cubtest.cu cubtest $sm80
 compile pyext.cu pyext.so $sm80 $cubin -Xcompiler -fPIC -shared \
@@ -79,6 +80,13 @@ for t in rows read-other exchange ticket ticket-acq-rel grid-sync streams copy-o
   pass "races $t" $bin/races $t
   caught "races $t" "race" env PTXSIM_LAUNCH=eager $bin/races $t-bug
 done
+# Blocks that wait for each other
+for seed in 1 2; do for t in meet graph flag limits; do
+  pass "cooperative $t, seed $seed" env PTXSIM_SEED=$seed PTXSIM_RESIDENT=4 $bin/cooperative $t
+done; done
+caught "cooperative, one block does not wait" "global-memory race" $bin/cooperative no-meeting
+caught "cooperative, one block never comes" "deadlock" $bin/cooperative missing
+caught "blocks that meet in a launch that is not cooperative" "only those of a cooperative launch" $bin/cooperative plain
 pass "races bytes of one word, same value" eval "$bin/races bytes && $bin/races same-value"
 caught "races same-value, strict" "global-memory race" env PTXSIM_GLOBAL_RACE=2 $bin/races same-value
 export PTXSIM_SM=90

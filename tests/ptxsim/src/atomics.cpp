@@ -65,6 +65,8 @@ void execAtom(Warp& warp, const Instr& in, uint32_t mask) {
   warp.launch->c.atomics++;
   if (Options::get().counters)
     count(warp, in, mask, n, base);
+  uint64_t found = 0;
+  bool fixed = true;
   for (; mask; mask &= mask - 1) {
     int lane = __builtin_ctz(mask);
     uint32_t so;
@@ -76,16 +78,22 @@ void execAtom(Warp& warp, const Instr& in, uint32_t mask) {
     else
       warp.checkGlobal(in, a, n, lane, true, true);
     warp.acquire(shared ? so : a, shared);
+    found = pollHash(found, a, p, n);
+    fixed &= shared || warp.lastRange->fixed();
     for (int k = 0; k < in.vecLen; k++) {
       uint64_t o = loadBits(p + k * es, es, false),
                c = in.src[2] == NOCOL ? 0 : warp.src(in.src[2])[lane];
       uint64_t r = atomic1(in, o, warp.src(in.srcVec[k])[lane], c);
+      fixed &= memcmp(p + k * es, &r, es) == 0;
       memcpy(p + k * es, &r, es);
       if (!in.dstVec.empty())
         warp.reg(in.dstVec[k])[lane] = o;
     }
     warp.release(shared ? so : a, shared, in.variant2 & 8);
   }
+  if (!fixed)
+    warp.launch->progress++;
+  warp.polled(in, found, fixed);
 }
 bool decodeAtom(DecodeCtx& ctx) {
   bool red = ctx.raw.op == "red";
@@ -117,6 +125,8 @@ bool decodeAtom(DecodeCtx& ctx) {
   ctx.ins.variant = (uint8_t)op;
   ctx.ins.variant2 = keep | ((ctx.raw.has("release") || ctx.raw.has("acq_rel")) ? 8 : 0);
   ctx.ins.exec = execAtom;
+  if (!red) // who does not look at the result waits for nothing
+    ctx.ins.control = CTL_POLL;
   return true;
 }
 } // namespace

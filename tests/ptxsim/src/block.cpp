@@ -55,7 +55,7 @@ Warp* Block::pickWarp(Rng& rng, bool skew) {
   return pick;
 }
 
-bool Block::step(Rng& rng, bool skew) {
+Block::Step Block::step(Rng& rng, bool skew) {
   Warp* w = pickWarp(rng, skew);
   if (!w) {
     for (auto& x : warps)
@@ -65,13 +65,22 @@ bool Block::step(Rng& rng, bool skew) {
       bulk[0].warp->error(*bulk[0].in, bulk[0].lane,
                           "block ends with a cp.async.bulk that nobody waited for");
     done = true;
-    return false;
+    return ENDED;
   }
   uint64_t yields = w->yields;
   w->run(skew ? 1 + (int)rng.below(128) : 1 + (int)rng.below(24));
-  if (w->yields != yields) // nanosleep or a failed mbarrier poll: let others go first
-    w->prio = 0;
-  return true;
+  if (w->yields == yields)
+    return RAN;
+  w->prio = 0; // nanosleep, a failed poll of memory or an mbarrier: let others go first
+  return YIELDED;
+}
+
+bool Block::spins() const {
+  constexpr uint32_t LONG = 20000; // a loop may also give up some day
+  for (auto& w : warps)
+    if (w.runnable() && (w.vainPolls < LONG || w.pollAt != launch->progress))
+      return false;
+  return bulk.empty();
 }
 
 void Block::deadlock() {
@@ -105,6 +114,7 @@ void Block::deadlock() {
 // variant: 0 sync, 1 arrive, 2 reduction. src: barrier number, thread count, predicate.
 void Block::barArrive(Warp& w, const Instr& in, uint32_t lanes) {
   launch->c.barriers++;
+  launch->progress++;
   int lane = firstLane(lanes);
   uint32_t number = (uint32_t)w.src(in.src[0])[lane];
   uint32_t threads = in.src[1] == NOCOL ? 0 : (uint32_t)w.src(in.src[1])[lane];

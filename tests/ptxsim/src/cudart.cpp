@@ -978,6 +978,7 @@ API Err cudaIpcGetMemHandle(cudaIpcMemHandle_t* h, void* p) {
   const Range* r = dm().find((uint64_t)p);
   if (!r || r->kind != Range::DEVICE)
     return ret(cudaErrorInvalidValue);
+  r->exported = true;
   uint64_t* v = (uint64_t*)h;
   memset(h, 0, sizeof *h);
   v[0] = getpid();

@@ -18,9 +18,13 @@ struct Range {
   int64_t delta = 0; // simulator address = user address + delta
   uint64_t id = 0;
   bool internal = false, imported = false;
+  mutable bool exported = false;                 // another process may have imported it
   mutable std::shared_ptr<struct Shadow> shadow; // race_global.cpp, made on first use
   uint64_t end() const { return base + size; }
   char* sim(uint64_t a) const { return (char*)(a + delta); }
+  bool fixed() const { // during a launch, but for what the launch writes
+    return kind == DEVICE && !imported && !exported;
+  }
 };
 
 class DevMem {

@@ -28,12 +28,14 @@ struct GridWorkspace {
   }
 };
 
-std::string positions(const std::vector<std::unique_ptr<Block>>& blocks) {
+using Blocks = std::vector<std::unique_ptr<Block>>;
+
+std::string positions(const Blocks& blocks, bool onlyRunnable) {
   std::string s;
   int lines = 0;
   for (auto& b : blocks)
     for (auto& w : b->warps) {
-      if (b->done || !w.alive || lines++ >= 8)
+      if (b->done || !w.alive || (onlyRunnable && !w.runnable()) || lines++ >= 8)
         continue;
       w.flush();
       int lane = firstLane(w.alive);
@@ -41,6 +43,23 @@ std::string positions(const std::vector<std::unique_ptr<Block>>& blocks) {
            strf(" at PTX line %d", w.frames[lane]->fn->code[w.pc[lane]].raw->line);
     }
   return s;
+}
+
+// Nobody will change what all poll: blocks that have not started only start when others end.
+void checkSpinning(const Launch& l, const Blocks& blocks, uint64_t notStarted) {
+  for (auto& b : blocks)
+    if (!b->done && !b->spins())
+      return;
+  throw SimError(
+      strf("deadlock: all threads of kernel %s wait at barriers or poll memory that none of them "
+           "will change",
+           l.fn->name.c_str()) +
+          (notStarted ? strf("; %llu blocks wait to start: only those of a cooperative launch run "
+                             "all at once",
+                             (unsigned long long)notStarted)
+                      : "") +
+          positions(blocks, true),
+      719);
 }
 
 } // namespace
@@ -55,7 +74,7 @@ void Launch::runBlocks(bool skew, double deadline) {
       std::swap(order[i - 1], order[rng.below((uint32_t)i)]);
 
   uint64_t resident = std::min<uint64_t>(total, cooperative ? total : o.resident), next = 0;
-  std::vector<std::unique_ptr<Block>> blocks(resident);
+  Blocks blocks(resident);
   for (auto& b : blocks) {
     b = std::make_unique<Block>();
     b->start(this, order[next++]);
@@ -67,19 +86,22 @@ void Launch::runBlocks(bool skew, double deadline) {
       for (k = 0; blocks[k]->done;)
         k++;
     Block& b = *blocks[k];
-    for (int s = 0; s < 8 && !b.done; s++) {
-      if (b.step(rng, skew))
+    for (int s = 0; s < 8; s++) {
+      Block::Step did = b.step(rng, skew);
+      if (did == Block::RAN)
         continue;
-      if (next < total)
+      if (did == Block::ENDED && next < total)
         b.start(this, order[next++]);
-      else
+      else if (did == Block::ENDED)
         live--;
+      else if (b.spins() && (turn & 255) == 0)
+        checkSpinning(*this, blocks, total - next);
       break;
     }
     if ((turn & 4095) == 0 && now() > deadline)
       throw SimError(strf("kernel %s runs longer than %.0f s (PTXSIM_TIMEOUT); spinning?",
                           fn->name.c_str(), o.timeout) +
-                         positions(blocks),
+                         positions(blocks, false),
                      702);
   }
 }

@@ -14,6 +14,8 @@ void execLd(Warp& warp, const Instr& in, uint32_t mask) {
   if (Options::get().counters && in.space != SP_PARAM && in.space != SP_CONST)
     count(warp, in, mask, n, base);
   uint64_t* D[8];
+  uint64_t found = 0;
+  bool fixed = true;
   for (int k = 0; k < in.vecLen; k++)
     D[k] = warp.reg(in.dstVec[k]);
   forEachLane(mask, [&](int lane) {
@@ -31,13 +33,20 @@ void execLd(Warp& warp, const Instr& in, uint32_t mask) {
     }
     for (int k = 0; k < in.vecLen; k++)
       D[k][lane] = loadBits(p + k * es, es, sg) & in.dstMask;
+    if (in.strong) {
+      found = pollHash(found, a, p, n);
+      fixed &= so != ~0u || (warp.lastRange && warp.lastRange->fixed());
+    }
   });
+  if (in.strong)
+    warp.polled(in, found, fixed);
 }
 void execSt(Warp& warp, const Instr& in, uint32_t mask) {
   const uint64_t* base = warp.src(in.src[0]);
   int es = in.elemBytes, n = es * in.vecLen;
   if (Options::get().counters && in.space != SP_PARAM)
     count(warp, in, mask, n, base);
+  warp.launch->progress++;
   const uint64_t* S[8];
   for (int k = 0; k < in.vecLen; k++)
     S[k] = warp.src(in.srcVec[k]);
@@ -129,6 +138,8 @@ bool decodeLdSt(DecodeCtx& ctx) {
         ctx.raw.operands[0].kind == Operand::VEC ? ctx.raw.operands[0].v[0] : ctx.raw.operands[0];
     ctx.ins.dstMask = d.kind == Operand::REG ? sizeMask(typeSize(d.ty)) : ~0ull;
     ctx.ins.exec = execLd;
+    if (ctx.ins.strong)
+      ctx.ins.control = CTL_POLL;
   } else {
     ctx.ins.srcVec = ctx.sources(ctx.raw.operands[1], t);
     if ((int)ctx.ins.srcVec.size() != ctx.ins.vecLen)
@@ -176,6 +187,11 @@ bool decodeNop(DecodeCtx& ctx) {
 } // namespace
 
 // ------------------------------------------------------------------ decoders
+uint64_t pollHash(uint64_t found, uint64_t address, const char* p, int n) {
+  for (int i = 0; i < n; i++)
+    found = (found ^ (uint8_t)p[i]) * 0x100000001b3ull;
+  return (found ^ address) * 0x9e3779b97f4a7c15ull;
+}
 uint64_t loadBits(const char* p, int n, bool sg) {
   uint64_t v = 0;
   memcpy(&v, p, n);

@@ -88,7 +88,8 @@ enum Control : uint8_t {
   CTL_EXIT,
   CTL_BAR,
   CTL_COLL, // needs all lanes of its member mask (Warp::collective)
-  CTL_YIELD
+  CTL_YIELD,
+  CTL_POLL // may be one turn of a loop that waits for another thread (Warp::polled)
 };
 
 // A decoded instruction. Operand columns (dst, src, ...): >= 0 a register, <= -2 an entry of the

@@ -98,6 +98,11 @@ struct Warp {
   uint64_t yields = 0;
   const Range* lastRange = nullptr;
 
+  // How often in a row the same instruction found the same; vain: and nothing else happened meanwhile
+  uint32_t polls = 0, vainPolls = 0;
+  const Instr* pollIn = nullptr;
+  uint64_t pollFound = 0, pollAt = 0;
+
   // Order of memory operations, for the race checks
   Clock clock;         // clock[id] is this warp's own time
   Clock proxyClock;    // what a fence.proxy.async made visible to the async proxy
@@ -134,6 +139,9 @@ struct Warp {
   char* resolve(const Instr& in, uint64_t a, int n, int lane, bool write, uint8_t space,
                 uint32_t* sharedOff);
   void deliverCopies(int lane, uint32_t upToGroup); // cp_async.cpp
+  // A strong load or an atomic has found this in memory, left it, and (`fixed`) nobody outside the
+  // launch can change it.
+  void polled(const Instr& in, uint64_t found, bool fixed);
 
   // race_shared.cpp, race_global.cpp
   void checkShared(const Instr& in, uint32_t off, int n, int lane, bool write, bool strong,
@@ -202,7 +210,9 @@ struct Block {
   bool done = false;
 
   void start(Launch* l, uint64_t linearId);
-  bool step(Rng& rng, bool skew); // runs one warp for a while; false if none could run
+  enum Step { RAN, YIELDED, ENDED };
+  Step step(Rng& rng, bool skew); // runs one warp for a while
+  bool spins() const;             // all warps that can run poll memory, in vain for long
   void barArrive(Warp& w, const Instr& in, uint32_t lanes);
   void onExit();
 
@@ -225,6 +235,7 @@ struct Launch {
   Counters c;
   Rng rng{1};
   uint64_t id = 0;
+  uint64_t progress = 0; // stores, arrivals at barriers, exits: what others may wait for
   PublishedClocks published; // global addresses of atomics
   void run();                // throws SimError
 
@@ -279,6 +290,7 @@ uint8_t spaceOf(const RawInstr&);                 // load_store.cpp
 bool clusterShared(const RawInstr&);
 int vecOf(const RawInstr&);
 uint64_t loadBits(const char* p, int n, bool isSigned);
+uint64_t pollHash(uint64_t found, uint64_t address, const char* p, int n); // of all lanes so far
 
 // counters.cpp
 void count(Warp&, const Instr&, uint32_t mask, int bytes, const uint64_t* base);

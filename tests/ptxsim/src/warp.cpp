@@ -33,6 +33,7 @@ void Warp::init(Block* b, int warpId) {
   valid = fenced = unfencedStore = false;
   cc = 0;
   starve = yields = 0;
+  polls = vainPolls = 0;
   lastRange = nullptr;
   foreign = nullptr;
   wgmma = nullptr;
@@ -167,6 +168,14 @@ bool Warp::control(const Instr& in, uint32_t lanes, int& quantum) {
       flush();
       block->barArrive(*this, in, lanes);
       break;
+    case CTL_POLL:
+      in.exec(*this, in, lanes);
+      groupPc++;
+      if (polls) {
+        yields++;
+        quantum = 0;
+      }
+      return false;
     default: // CTL_YIELD
       groupPc++;
       yields++;
@@ -174,6 +183,17 @@ bool Warp::control(const Instr& in, uint32_t lanes, int& quantum) {
       return false;
   }
   return true;
+}
+
+// Counts only when no other lanes of the warp can run.
+void Warp::polled(const Instr& in, uint64_t found, bool fixed) {
+  bool again = fixed && pollIn == &in && pollFound == found &&
+               mask == (alive & ~(waitBar | waitColl));
+  polls = again ? polls + 1 : 0;
+  vainPolls = again && pollAt == launch->progress ? vainPolls + 1 : 0;
+  pollIn = &in;
+  pollFound = found;
+  pollAt = launch->progress;
 }
 
 bool Warp::branch(const Instr& in, uint32_t lanes) {
@@ -222,6 +242,7 @@ void Warp::exit(uint32_t lanes) {
     });
   if (wgmma)
     wgmmaAtExit(*this, frames[firstLane(lanes)]->fn->code[pc[firstLane(lanes)] - 1]);
+  launch->progress++;
   alive &= ~lanes;
   waitColl = 0; // let waiting collectives look again
   block->onExit();
