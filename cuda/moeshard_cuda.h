@@ -8,7 +8,7 @@
 //   combine    sum of the choices; reduce-scatter; rounding to out            step5_combine.cuh
 //   times      when the steps of each call began, for profiles                record.c
 //
-// A layer is 5 to 7 kernel launches and 2 collectives, whatever E and the routing are, with no host synchronisation,
+// A layer is 5 or 6 kernel launches and 2 collectives, whatever E and the routing are, with no host synchronisation,
 // no allocation and no copy to the host in the steady state; it can be captured in a graph.
 // Launch shapes and memory depend on (T, K, D, F, E, R, dtype) only. Where a token goes is decided on the device.
 //
@@ -124,6 +124,7 @@ typedef struct ms_cuda_shape {
   int64_t message_bytes;                   // of one rank: what travels
   // workspace: offsets in bytes, each a multiple of 256
   int32_t sort_chunks; // pieces of the slots that are sorted side by side; 0: one block sorts all in shared memory
+  int32_t sort_blocks; // by so many blocks, all at once: no more than sms
   int64_t messages_at, counts_at, offset_at, order_at, tiles_at, h_at, slot_at, partial_at;
   int64_t workspace_bytes;
 } ms_cuda_shape;
@@ -162,14 +163,15 @@ typedef struct ms_cuda_view { // one chunk in the workspace; passed by value to 
 } ms_cuda_view;
 
 enum {
-  MS_CUDA_TICKETS = 64,      // int32 counters for the blocks of one launch
-  MS_CUDA_ROUTE_BLOCKS = 256 // blocks that check the routing, at most
+  MS_CUDA_TICKETS = 64,       // int32 counters for the blocks of one launch
+  MS_CUDA_ROUTE_BLOCKS = 256, // blocks that check the routing, at most
+  MS_CUDA_SORT_BLOCKS = 256   // blocks that sort side by side, at most
 };
 
 ms_cuda_view ms_cuda_view_of(const ms_cuda_shape *shape, const ms_cuda_experts *experts, void *workspace,
                              const void *hidden_in_place, ms_cuda_faults *faults);
 
-// ---- the five steps: launchers (.cu), one or two launches each, asynchronous ---------------------
+// ---- the five steps: launchers (.cu), one launch each, asynchronous -----------------------------
 
 // Write this rank's message: header, expert (int32, range-checked), weight (float, finite-checked), hidden.
 //   hidden [tokens, D]; index [tokens, K] int32 or int64; weight [tokens, K] float32, bfloat16 or float16: device

@@ -17,8 +17,8 @@ enum {
   SMALL_BYTES = 96 << 10,  // in so much shared memory, which every device has
   CHUNK_STEP = 1024,       // else chunks are multiples of it,
   CHUNK_SLOTS = 32768,     // at most so long: their counters have 16 bits
-  MOST_CHUNKS = 128,       // and no more of them than that, or than
-  MOST_COUNTERS = 1 << 16 // this for all experts, unless they were too long then: one block adds the counters up
+  MOST_COUNTERS = 1 << 16, // no more of them than this for all experts, or than blocks, unless they were too long then
+  BLOCK_EXPERTS = 1024     // whose counters a block adds up in one round
 };
 
 static int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -35,22 +35,30 @@ static int32_t choose_tile_rows(int64_t slots, int32_t E) {
   return rows <= 24 ? 16 : rows <= 96 ? 64 : 128;
 }
 
-// How many blocks sort side by side, 0: one block alone. Balances their rounds (1024 slots, 2 us) with the sums over
-// E * chunks counters (15000 a us).
-static int32_t choose_chunks(int64_t slots, int32_t E) {
+// Chunks that are sorted side by side, 0: one block sorts all. Balances the blocks' rounds (1024 slots, 2 us) with the
+// counters, E * chunks, that they write and add up. (Measured on an H200, when one block added up all: 15000 a us.)
+static int32_t choose_chunks(int64_t slots, int32_t E, int32_t most_blocks) {
   int64_t warps = slots < WARPS * WARPS ? (slots + WARPS - 1) / WARPS : WARPS;
   if (slots <= SMALL_SLOTS && E * (8 + 2 * warps) <= SMALL_BYTES - 64) return 0;
-  int64_t most = MOST_COUNTERS / E < MOST_CHUNKS ? MOST_COUNTERS / E : MOST_CHUNKS; // E <= MS_MAX_EXPERTS: not 0
+  int64_t most = MOST_COUNTERS / E < most_blocks ? MOST_COUNTERS / E : most_blocks; // E <= MS_MAX_EXPERTS: not 0
   int64_t chunks = (slots + CHUNK_STEP - 1) / CHUNK_STEP, least = (slots + CHUNK_SLOTS - 1) / CHUNK_SLOTS;
   if (chunks > most) chunks = most;
   return (int32_t)(chunks > least ? chunks : least);
 }
 
+// How many blocks sort: one for each chunk and each round of counters. They wait for each other, so all must run at
+// once: one fits on every multiprocessor.
+static int32_t choose_blocks(int32_t chunks, int32_t E, int32_t most_blocks) {
+  int32_t blocks = (E + BLOCK_EXPERTS - 1) / BLOCK_EXPERTS;
+  if (blocks < chunks) blocks = chunks;
+  return blocks < most_blocks ? blocks : most_blocks;
+}
+
 ms_status ms_cuda_shape_plan(ms_cuda_shape *s, ms_error *err) {
   if (s->T < 0 || s->D < 1 || s->F < 0 || s->K < 0 || s->K > MS_MAX_CHOICES || s->E < 1 || s->E > MS_MAX_EXPERTS ||
-      s->R < 1 || s->R > MS_MAX_RANKS || s->rank < 0 || s->rank >= s->R)
-    return ms_fail(err, MS_EINVAL, "cuda shape: T=%lld D=%lld F=%lld K=%d E=%d rank %d of %d", (long long)s->T,
-                   (long long)s->D, (long long)s->F, s->K, s->E, s->rank, s->R);
+      s->R < 1 || s->R > MS_MAX_RANKS || s->rank < 0 || s->rank >= s->R || s->sms < 1)
+    return ms_fail(err, MS_EINVAL, "cuda shape: T=%lld D=%lld F=%lld K=%d E=%d rank %d of %d, %d multiprocessors",
+                   (long long)s->T, (long long)s->D, (long long)s->F, s->K, s->E, s->rank, s->R, s->sms);
   if (s->T > INT32_MAX)
     return ms_fail(err, MS_ESHAPE, "%lld tokens: expected fewer than 2^31", (long long)s->T);
   int64_t size = ms_dtype_size(s->dtype);
@@ -65,7 +73,9 @@ ms_status ms_cuda_shape_plan(ms_cuda_shape *s, ms_error *err) {
   s->tile_rows = choose_tile_rows(s->slots, s->E);
   if (s->math == MS_CUDA_WGMMA && s->tile_rows < 64) s->math = MS_CUDA_MMA; // fewer rows than one wgmma has
   s->max_tiles = (int32_t)(s->slots / s->tile_rows + (s->slots < s->E ? s->slots : s->E));
-  s->sort_chunks = choose_chunks(s->slots, s->E);
+  int32_t most_blocks = s->sms < MS_CUDA_SORT_BLOCKS ? s->sms : MS_CUDA_SORT_BLOCKS;
+  s->sort_chunks = choose_chunks(s->slots, s->E, most_blocks);
+  s->sort_blocks = s->sort_chunks ? choose_blocks(s->sort_chunks, s->E, most_blocks) : 1;
 
   int64_t at = 0;
   for (int32_t r = 0; r < (s->replicated ? s->R : 1); r++) place(&at, (int64_t)sizeof(ms_cuda_header));
@@ -83,10 +93,10 @@ ms_status ms_cuda_shape_plan(ms_cuda_shape *s, ms_error *err) {
   at = 0;
   place(&at, 4 * MS_CUDA_TICKETS); // at the same place for every shape: they stay zero
   s->messages_at = place(&at, messages);
-  // tiles before each expert; and the counters of the sort, or fault and digest of each block of gather
-  int64_t counters = s->sort_chunks ? s->sort_chunks * (int64_t)s->E + (s->slots + 1) / 2 : 0; // and ranks
-  int64_t blocks = 4 * MS_CUDA_ROUTE_BLOCKS;
-  s->counts_at = place(&at, 4 * (s->E + 1 + (counters > blocks ? counters : blocks)));
+  // fault and digest of each block of gather; or tiles, sums of shares, counters and ranks of the sort by many blocks
+  int64_t route = 4 * MS_CUDA_ROUTE_BLOCKS;
+  int64_t sort = s->E + 2 * s->sort_blocks + s->sort_chunks * (int64_t)s->E + (s->slots + 1) / 2;
+  s->counts_at = place(&at, 4 * (s->sort_chunks && sort > route ? sort : route));
   s->offset_at = place(&at, 4 * ((int64_t)s->E + 1));
   s->order_at = place(&at, 4 * s->slots);
   s->tiles_at = place(&at, 4 + (int64_t)sizeof(ms_cuda_tile) * s->max_tiles);

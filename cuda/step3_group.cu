@@ -1,4 +1,4 @@
-// step3_group.cu - the launches of group: one for small batches, else two.
+// step3_group.cu - the launch of group: by one block for small batches, else by many that meet.
 // SPDX-License-Identifier: Apache-2.0
 #include "step3_group.cuh"
 #include "status.h"
@@ -20,16 +20,17 @@ static ms_status one_block(ms_group_args a, cudaStream_t stream, ms_error *err) 
   return ms_cuda_status(cudaGetLastError(), "group", err);
 }
 
-static ms_status many_blocks(ms_group_args a, int32_t chunks, cudaStream_t stream, ms_error *err) {
+static ms_status many_blocks(ms_group_args a, int32_t chunks, int32_t blocks, cudaStream_t stream, ms_error *err) {
   a.chunk_slots = pieces(pieces(a.slots, chunks), MS_GROUP_THREADS) * MS_GROUP_THREADS;
   a.chunks = pieces(a.slots, a.chunk_slots);
+  while (pieces(a.E, 1 << a.share_bits) > blocks) a.share_bits++;
+  a.shares = pieces(a.E, 1 << a.share_bits);
   int32_t bytes = 2 * a.E;
-  MS_TRY(allow_shared<ms_group_count>(bytes, err));
-  ms_group_count<<<(unsigned)a.chunks, MS_GROUP_THREADS, (size_t)bytes, stream>>>(a);
-  MS_TRY(ms_cuda_status(cudaGetLastError(), "group: count", err));
-  // There are no more tiles than slots: a tile has a row.
-  ms_group_place<<<(unsigned)pieces(a.slots, MS_GROUP_PLACE_THREADS), MS_GROUP_PLACE_THREADS, 0, stream>>>(a);
-  return ms_cuda_status(cudaGetLastError(), "group: place", err);
+  MS_TRY(allow_shared<ms_group_large>(bytes, err));
+  void *arguments[] = {&a};
+  return ms_cuda_status(cudaLaunchCooperativeKernel(ms_group_large, dim3((unsigned)blocks), dim3(MS_GROUP_THREADS),
+                                                    arguments, (size_t)bytes, stream),
+                        "group", err);
 }
 
 ms_status ms_cuda_group(const ms_cuda_shape *shape, const ms_cuda_view *view, void *stream, ms_error *err) {
@@ -42,9 +43,11 @@ ms_status ms_cuda_group(const ms_cuda_shape *shape, const ms_cuda_view *view, vo
   a.slots = (int32_t)shape->slots;
   a.rank_slots = (int32_t)(shape->T * shape->K);
   a.tile_rows = shape->tile_rows;
-  a.ticket = view->tickets + 1;
+  a.meeting = view->tickets + 1;
   a.tiles_before = view->counts;
-  a.counters = a.tiles_before + shape->E + 1;
+  a.share_rows = a.tiles_before + shape->E;
+  a.share_tiles = a.share_rows + shape->sort_blocks;
+  a.counters = a.share_tiles + shape->sort_blocks;
   a.rank = (uint16_t *)(a.counters + (int64_t)shape->sort_chunks * shape->E);
   a.offset = view->offset;
   a.order = view->order;
@@ -53,6 +56,6 @@ ms_status ms_cuda_group(const ms_cuda_shape *shape, const ms_cuda_view *view, vo
   a.seen = view->seen;
   a.K = shape->K;
   a.faults = view->faults;
-  return shape->sort_chunks ? many_blocks(a, shape->sort_chunks, (cudaStream_t)stream, err)
+  return shape->sort_chunks ? many_blocks(a, shape->sort_chunks, shape->sort_blocks, (cudaStream_t)stream, err)
                             : one_block(a, (cudaStream_t)stream, err);
 }

@@ -10,16 +10,24 @@
 //   place    order[offset[e] + counters[chunk][e] + rank] = slot; tile i's expert is searched for
 //
 // Small batches: one block does all in shared memory, 16-bit counters, a chunk for each warp, which walks it twice
-// (count, place). Else two launches: count, a chunk for each block, whose last block scans; and place, a thread for
-// each slot and each tile. Whoever counts does so in the order of slots, so nothing depends on timing.
+// (count, place). Else many blocks, at most one for each multiprocessor, in a cooperative launch, which runs all of them
+// at once, so that they can wait for each other, twice:
 //
-// Headers of all ranks are compared here, by the block that scans. If they disagree, or tell of a fault, tile_count is
-// -1, so that no rank computes and outputs become NaN, and the host finds the headers in `faults`. Else the slots are
-// counted in `seen`, expert by expert: integers, so it does not matter who adds first.
+//   count    each its chunks, into counters [E][chunks]
+//   scan     each its share of the experts: one running sum over their counters, and one over their tiles
+//   place    each adds up the shares before each, then places the slots of its chunks, and some of the tiles
 //
-// Cost: reads slots * 10 bytes, writes slots * 6 (one block: 8 and 4); counters 12 * E * chunks. Latency bound: one
-// block some thousand cycles; else about 100 cycles for each warp of a chunk, and a scan of 16 bytes * E * chunks by
-// one multiprocessor.
+// Whoever counts does so in the order of slots, so nothing depends on timing.
+//
+// Headers of all ranks are compared here. If they disagree, or tell of a fault, tile_count is -1, so that no rank
+// computes and outputs become NaN, and the host finds the headers in `faults`. Else the slots are counted in `seen`,
+// expert by expert: integers, so it does not matter who adds first.
+//
+// Many blocks: 32 registers and 2 * E bytes of shared memory, so that two fit on a multiprocessor: half of the device
+// will do while a collective of another chunk has the rest.
+// Cost: reads slots * 10 bytes, writes slots * 6 (one block: 8 and 4); counters 16 * E * chunks. Latency bound: one
+// block some thousand cycles; else about 100 cycles for each warp of a chunk, two meetings, and a round of
+// ms_block_exclusive for each 1024 counters of a share.
 // Slow twins: ms_reference_group, ms_header_check.
 //
 // SPDX-License-Identifier: Apache-2.0
@@ -29,17 +37,19 @@
 #include "moeshard_cuda.h"
 #include "ms_ptx_sync.cuh"
 
-enum { MS_GROUP_THREADS = 1024, MS_GROUP_PLACE_THREADS = 256 };
+enum { MS_GROUP_THREADS = 1024, MS_GROUP_WARPS = MS_GROUP_THREADS / 32 };
 
 typedef struct ms_group_args {
   const char *messages;
   int64_t message_bytes, expert_at;
   int32_t R, E, K, slots, rank_slots; // rank_slots = T * K
   int32_t chunks, chunk_slots, tile_rows;
-  int32_t *ticket;
-  int32_t *tiles_before; // [E+1] scratch
-  int32_t *counters;     // [chunks][E] when chunks are sorted side by side
-  uint16_t *rank;        // [slots] as well
+  // Many blocks only. 2^share_bits experts are a share; its sums begin with 0.
+  int32_t share_bits, shares;
+  int32_t *meeting;                  // of ms_grid_meet
+  int32_t *counters, *tiles_before;  // [E][chunks], [E]
+  int32_t *share_rows, *share_tiles; // [shares]
+  uint16_t *rank;                    // [slots]
   int32_t *offset, *order;
   ms_cuda_tile *tiles;
   int32_t *tile_count;
@@ -128,20 +138,48 @@ __device__ __forceinline__ void ms_tell_faults(const ms_group_args &a) {
   if (threadIdx.x == 0) *(volatile int32_t *)&a.faults->found = 1;
 }
 
-// Count the slots of a call: those of each expert, and all that ranks have (replicated tokens once).
-__device__ __forceinline__ void ms_group_see(const ms_group_args &a, const int32_t *offset) {
+__device__ __forceinline__ void ms_group_see(const ms_group_args &a, int32_t e, int32_t count) {
+  if (a.seen && count) atomicAdd(a.seen + e, (unsigned long long)count);
+}
+
+// All slots that ranks have (replicated tokens once).
+__device__ __forceinline__ void ms_group_see_all(const ms_group_args &a) {
   if (!a.seen) return;
-  for (int32_t e = threadIdx.x; e < a.E; e += blockDim.x)
-    if (int32_t count = offset[e + 1] - offset[e]) atomicAdd(a.seen + e, (unsigned long long)count);
   for (int32_t r = threadIdx.x; r < a.R; r += blockDim.x) {
     const ms_cuda_header *header = (const ms_cuda_header *)(a.messages + r * a.message_bytes);
     if (r == 0 || !header->replicated) atomicAdd(a.seen + a.E, (unsigned long long)(header->T * a.K));
   }
 }
 
+// The verdict on the headers, by one block.
+__device__ __forceinline__ void ms_group_judge(const ms_group_args &a, bool agree, int32_t tiles) {
+  if (agree)
+    ms_group_see_all(a);
+  else
+    ms_tell_faults(a);
+  if (threadIdx.x == 0) *a.tile_count = agree ? tiles : -1;
+}
+
+// Tile i is of the last expert that has no more than i tiles before it: experts without tiles are passed over.
+//   offset, tiles_before  what experts have before them: indexed by expert, E for all
+template <typename Sums>
+__device__ __forceinline__ void ms_group_tile(const ms_group_args &a, Sums offset, Sums tiles_before, int32_t i) {
+  int32_t e = 0, end = a.E;
+  while (end - e > 1) {
+    int32_t middle = e + (end - e) / 2;
+    if (tiles_before[middle] <= i)
+      e = middle;
+    else
+      end = middle;
+  }
+  int32_t first = offset[e] + (i - tiles_before[e]) * a.tile_rows, rows = offset[e + 1] - first;
+  a.tiles[i] = ms_cuda_tile{e, first, rows < a.tile_rows ? rows : a.tile_rows};
+}
+
+// ---- one block -------------------------------------------------------------------------------------------------
+
 // The counters of one expert become sums over the chunks before each. Returns the sum over all.
-template <typename Counter>
-__device__ __forceinline__ int32_t ms_group_sum(Counter *counters, int32_t E, int32_t chunks) {
+__device__ __forceinline__ int32_t ms_group_sum(uint16_t *counters, int32_t E, int32_t chunks) {
   enum { AHEAD = 8 }; // loads in flight
   int32_t before = 0;
   for (int32_t c0 = 0; c0 < chunks; c0 += AHEAD) {
@@ -151,19 +189,18 @@ __device__ __forceinline__ int32_t ms_group_sum(Counter *counters, int32_t E, in
 #pragma unroll
     for (int32_t i = 0; i < AHEAD; i++)
       if (c0 + i < chunks) {
-        counters[(int64_t)(c0 + i) * E] = (Counter)before;
+        counters[(int64_t)(c0 + i) * E] = (uint16_t)before;
         before += count[i];
       }
   }
   return before;
 }
 
-// All of a block: sums over chunks; offset and tiles_before, which the caller keeps in shared or global memory; the
-// verdict on the headers. There is a barrier between the last of these sums and the return.
-template <typename Counter>
-__device__ __forceinline__ void ms_group_scan(const ms_group_args &a, Counter *counters, int32_t *offset,
+// Sums over chunks; offset and tiles_before; the verdict on the headers. There is a barrier between the last of these
+// sums and the return.
+__device__ __forceinline__ void ms_group_scan(const ms_group_args &a, uint16_t *counters, int32_t *offset,
                                               int32_t *tiles_before) {
-  __shared__ int32_t scratch[MS_GROUP_THREADS / 32];
+  __shared__ int32_t scratch[MS_GROUP_WARPS];
   int32_t rows = 0, tiles = 0; // of the experts before
   for (int32_t base = 0; base < a.E; base += MS_GROUP_THREADS) {
     int32_t e = base + threadIdx.x, all_rows, all_tiles;
@@ -183,31 +220,13 @@ __device__ __forceinline__ void ms_group_scan(const ms_group_args &a, Counter *c
   }
   bool agree = ms_headers_agree(a); // a barrier: offset has been written
 #ifdef MS_PLANT_20 // calls with a fault are counted
-  ms_group_see(a, offset);
+  bool count = true;
+#else
+  bool count = agree;
 #endif
-  if (agree)
-    ms_group_see(a, offset);
-  else
-    ms_tell_faults(a);
-  if (threadIdx.x == 0) *a.tile_count = agree ? tiles : -1;
+  for (int32_t e = threadIdx.x; count && e < a.E; e += MS_GROUP_THREADS) ms_group_see(a, e, offset[e + 1] - offset[e]);
+  ms_group_judge(a, agree, tiles);
 }
-
-// Tile i is of the last expert that has no more than i tiles before it: experts without tiles are passed over.
-__device__ __forceinline__ void ms_group_tile(const ms_group_args &a, const int32_t *offset,
-                                              const int32_t *tiles_before, int32_t i) {
-  int32_t e = 0, end = a.E;
-  while (end - e > 1) {
-    int32_t middle = e + (end - e) / 2;
-    if (tiles_before[middle] <= i)
-      e = middle;
-    else
-      end = middle;
-  }
-  int32_t first = offset[e] + (i - tiles_before[e]) * a.tile_rows, rows = offset[e + 1] - first;
-  a.tiles[i] = ms_cuda_tile{e, first, rows < a.tile_rows ? rows : a.tile_rows};
-}
-
-// ---- kernels ---------------------------------------------------------------------------------------------------
 
 // All in one block; a chunk for each warp. Dynamic shared memory: ms_group_small_bytes.
 __global__ void __launch_bounds__(MS_GROUP_THREADS) ms_group_small(const ms_group_args a) {
@@ -227,21 +246,24 @@ __global__ void __launch_bounds__(MS_GROUP_THREADS) ms_group_small(const ms_grou
   for (int32_t e = threadIdx.x; e <= a.E; e += MS_GROUP_THREADS) a.offset[e] = offset[e];
 }
 
-// A chunk for each block, 1024 slots a round: warps take turns at the counters. Dynamic shared memory: [E] uint16.
-__global__ void __launch_bounds__(MS_GROUP_THREADS) ms_group_count(const ms_group_args a) {
-  extern __shared__ int32_t ms_group_shared[];
-  __shared__ bool last;
-  uint16_t *counters = (uint16_t *)ms_group_shared;
-  int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, begin = blockIdx.x * a.chunk_slots;
-  int32_t end = begin + a.chunk_slots < a.slots ? begin + a.chunk_slots : a.slots;
+// ---- many blocks -----------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ int32_t ms_chunk_end(const ms_group_args &a, int32_t chunk) {
+  int64_t end = (int64_t)(chunk + 1) * a.chunk_slots;
+  return end < a.slots ? (int32_t)end : a.slots;
+}
+
+// Count one chunk, 1024 slots a round: warps take turns at the counters. `counters` [E] shared.
+__device__ __forceinline__ void ms_group_count(const ms_group_args &a, uint16_t *counters, int32_t chunk) {
+  int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, end = ms_chunk_end(a, chunk);
   for (int32_t e = threadIdx.x; e < a.E; e += MS_GROUP_THREADS) counters[e] = 0;
   __syncthreads();
-  for (int32_t base = begin; base < end; base += MS_GROUP_THREADS) {
+  for (int32_t base = chunk * a.chunk_slots; base < end; base += MS_GROUP_THREADS) {
     int32_t slot = base + threadIdx.x, turns = (end - base + 31) / 32;
     int32_t e = slot < end ? ms_group_expert(a, slot) : -1;
     uint32_t same = __match_any_sync(0xffffffffu, e);
     int32_t leader = __ffs(same) - 1, first = 0;
-    for (int32_t turn = 0; turn < turns && turn < MS_GROUP_THREADS / 32; turn++) {
+    for (int32_t turn = 0; turn < turns && turn < MS_GROUP_WARPS; turn++) {
       if (turn == warp && e >= 0 && lane == leader) {
         first = counters[e];
         counters[e] = (uint16_t)(first + __popc(same));
@@ -253,21 +275,86 @@ __global__ void __launch_bounds__(MS_GROUP_THREADS) ms_group_count(const ms_grou
     first = __shfl_sync(0xffffffffu, first, leader);
     if (slot < end) a.rank[slot] = (uint16_t)(first + __popc(same & ((1u << lane) - 1)));
   }
-  __syncthreads();
-  for (int32_t e = threadIdx.x; e < a.E; e += MS_GROUP_THREADS) a.counters[(int64_t)blockIdx.x * a.E + e] = counters[e];
-  __syncthreads();
-  if (threadIdx.x == 0) last = ms_ticket_acq_rel(a.ticket) == gridDim.x - 1;
-  __syncthreads();
-  if (!last) return;
-  ms_group_scan(a, a.counters, a.offset, a.tiles_before);
-  if (threadIdx.x == 0) *a.ticket = 0;
+  __syncthreads(); // the next chunk's zeros are written by who reads here
+  for (int32_t e = threadIdx.x; e < a.E; e += MS_GROUP_THREADS) a.counters[(int64_t)e * a.chunks + chunk] = counters[e];
 }
 
-__global__ void __launch_bounds__(MS_GROUP_PLACE_THREADS) ms_group_place(const ms_group_args a) {
-  int32_t i = blockIdx.x * MS_GROUP_PLACE_THREADS + threadIdx.x;
-  int32_t e = i < a.slots ? ms_group_expert(a, i) : -1;
-  if (e >= 0) a.order[a.offset[e] + a.counters[(int64_t)(i / a.chunk_slots) * a.E + e] + a.rank[i]] = i;
-  if (i < *a.tile_count) ms_group_tile(a, a.offset, a.tiles_before, i);
+// Running sums over one share: counters of its experts, chunk by chunk, then tiles.
+__device__ __forceinline__ void ms_group_share(const ms_group_args &a, int32_t share, bool agree, int32_t *scratch) {
+  int32_t first = share << a.share_bits, last = first + (1 << a.share_bits) < a.E ? first + (1 << a.share_bits) : a.E;
+  int32_t rows = 0, tiles = 0;
+  for (int64_t base = (int64_t)first * a.chunks; base < (int64_t)last * a.chunks; base += MS_GROUP_THREADS) {
+    int64_t i = base + threadIdx.x;
+    bool there = i < (int64_t)last * a.chunks;
+    int32_t all, before = rows + ms_block_exclusive(there ? a.counters[i] : 0, scratch, &all);
+    if (there) a.counters[i] = before;
+    rows += all;
+  }
+  __syncthreads(); // the counters have been written
+  for (int32_t base = first; base < last; base += MS_GROUP_THREADS) {
+    int32_t e = base + threadIdx.x, count = 0, all;
+    if (e < last) {
+      const int32_t *counters = a.counters + (int64_t)e * a.chunks;
+      count = (e + 1 < last ? counters[a.chunks] : rows) - counters[0];
+    }
+    int32_t before = tiles + ms_block_exclusive((count + a.tile_rows - 1) / a.tile_rows, scratch, &all);
+    if (e < last) a.tiles_before[e] = before;
+    if (agree) ms_group_see(a, e, count);
+    tiles += all;
+  }
+  if (threadIdx.x == 0) {
+    a.share_rows[share] = rows;
+    a.share_tiles[share] = tiles;
+  }
+}
+
+// What an expert has before it: in its share, and in the shares before that one.
+struct ms_group_sums {
+  const ms_group_args &a;
+  const int32_t *shares, *within; // [a.shares + 1] shared; [E] `step` apart
+  int32_t step;
+  __device__ __forceinline__ int32_t operator[](int32_t e) const {
+    return e < a.E ? shares[e >> a.share_bits] + within[(int64_t)e * step] : shares[a.shares];
+  }
+};
+
+// Sums over the shares before each, for all of a block. `before` [shares + 1] shared.
+__device__ __forceinline__ void ms_group_shares(const ms_group_args &a, const int32_t *of_share, int32_t *before,
+                                                int32_t *scratch) {
+  int32_t all, share = threadIdx.x;
+  int32_t sum = ms_block_exclusive(share < a.shares ? of_share[share] : 0, scratch, &all);
+  if (share <= a.shares) before[share] = sum;
+}
+
+// A cooperative launch. Dynamic shared memory: [E] uint16.
+__global__ void __launch_bounds__(MS_GROUP_THREADS, 2) ms_group_large(const ms_group_args a) {
+  extern __shared__ int32_t ms_group_shared[];
+  __shared__ int32_t scratch[MS_GROUP_WARPS];
+  __shared__ int32_t rows_before[MS_CUDA_SORT_BLOCKS + 1], tiles_before[MS_CUDA_SORT_BLOCKS + 1];
+  __shared__ bool agree; // known throughout: a register for each thread would be one too many
+  bool found = ms_headers_agree(a);
+  if (threadIdx.x == 0) agree = found;
+  for (int32_t chunk = blockIdx.x; chunk < a.chunks; chunk += gridDim.x)
+    ms_group_count(a, (uint16_t *)ms_group_shared, chunk);
+#ifndef MS_PLANT_30 // counters may be added up before all is counted
+  ms_grid_meet(a.meeting);
+#endif
+  if ((int32_t)blockIdx.x < a.shares) ms_group_share(a, blockIdx.x, agree, scratch);
+#ifndef MS_PLANT_31 // slots may be placed before all is added up
+  ms_grid_meet(a.meeting);
+#endif
+  ms_group_shares(a, a.share_rows, rows_before, scratch);
+  ms_group_shares(a, a.share_tiles, tiles_before, scratch);
+  __syncthreads();
+  for (int32_t chunk = blockIdx.x; chunk < a.chunks; chunk += gridDim.x)
+    for (int32_t slot = chunk * a.chunk_slots + threadIdx.x; slot < ms_chunk_end(a, chunk); slot += MS_GROUP_THREADS)
+      if (int32_t e = ms_group_expert(a, slot); e >= 0)
+        a.order[rows_before[e >> a.share_bits] + a.counters[(int64_t)e * a.chunks + chunk] + a.rank[slot]] = slot;
+  ms_group_sums row{a, rows_before, a.counters, a.chunks}, tile{a, tiles_before, a.tiles_before, 1};
+  int32_t thread = blockIdx.x * MS_GROUP_THREADS + threadIdx.x, threads = gridDim.x * MS_GROUP_THREADS;
+  for (int32_t i = thread; i < tiles_before[a.shares]; i += threads) ms_group_tile(a, row, tile, i);
+  for (int32_t e = thread; e <= a.E; e += threads) a.offset[e] = row[e];
+  if (blockIdx.x == 0) ms_group_judge(a, agree, tiles_before[a.shares]);
 }
 
 #endif

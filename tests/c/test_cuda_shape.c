@@ -43,6 +43,14 @@ static void test_tiles_of_any_routing_fit_the_table(void) {
     }
 }
 
+// What the steps keep there: gather [ROUTE_BLOCKS] pairs of uint64; group by many blocks tiles [E], sums of shares
+// 2 * [blocks], counters [E][chunks] and, 16 bits each, ranks [slots].
+static int64_t counts_bytes(const ms_cuda_shape *s) {
+  int64_t gather = 16 * MS_CUDA_ROUTE_BLOCKS;
+  int64_t group = 4 * (s->E + 2 * s->sort_blocks + (int64_t)s->E * s->sort_chunks) + 2 * s->slots;
+  return s->sort_chunks && group > gather ? group : gather;
+}
+
 static void test_sections_are_aligned_and_do_not_overlap(void) {
   for (int32_t R = 1; R <= 3; R++)
     for (int32_t K = 0; K <= 4; K++)
@@ -58,10 +66,10 @@ static void test_sections_are_aligned_and_do_not_overlap(void) {
           CHECK(message[i] % 256 == 0 && message[i] + needed[i] <= message[i + 1]);
         const int64_t at[] = {0,          s.messages_at, s.counts_at, s.offset_at,      s.order_at,
                               s.tiles_at, s.h_at,        s.slot_at,   s.workspace_bytes};
-        const int64_t bytes[] = {
-            4 * MS_CUDA_TICKETS,  R * s.message_bytes, 4 * (E + 1 + (int64_t)s.sort_chunks * E),
-            4 * (E + 1),          4 * s.slots,         4 + 12 * (int64_t)s.max_tiles,
-            s.slots * s.ld_h * 2, s.slots * s.D * 4};
+        const int64_t bytes[] = {4 * MS_CUDA_TICKETS,  R * s.message_bytes,
+                                 counts_bytes(&s),     4 * (E + 1),
+                                 4 * s.slots,          4 + 12 * (int64_t)s.max_tiles,
+                                 s.slots * s.ld_h * 2, s.slots * s.D * 4};
         for (int i = 0; i < 8; i++) CHECK(at[i] % 256 == 0 && at[i] + bytes[i] <= at[i + 1]);
         if (K != 1 && R > 1)
           CHECK(s.partial_at >= s.slot_at + bytes[7] &&
@@ -81,13 +89,30 @@ static void test_chunks_of_the_sort_are_short_enough(void) {
     }
 }
 
+// They wait for each other, one on each multiprocessor, and each thread of one adds up the shares before one share.
+static void test_all_blocks_of_the_sort_can_run_at_once(void) {
+  const int32_t experts[] = {1, 8, 2048, 65536}, multiprocessors[] = {1, 2, 14, 108, 132, 1000};
+  for (int64_t slots = 1; slots < 100000000; slots = slots * 3 + 1)
+    for (size_t i = 0; i < sizeof experts / sizeof *experts; i++)
+      for (size_t j = 0; j < sizeof multiprocessors / sizeof *multiprocessors; j++) {
+        ms_error err;
+        ms_cuda_shape s = {
+            .T = slots, .R = 1, .K = 1, .E = experts[i], .D = 1, .sms = multiprocessors[j]};
+        CHECK_OK(ms_cuda_shape_plan(&s, &err), err);
+        CHECK(s.sort_blocks >= 1 && s.sort_blocks <= s.sms && s.sort_blocks <= MS_CUDA_SORT_BLOCKS);
+      }
+}
+
 static void test_bad_shapes_are_refused(void) {
   ms_error err;
   ms_cuda_shape s = {.T = -1, .R = 1, .K = 1, .E = 1, .D = 1};
   CHECK_STATUS(ms_cuda_shape_plan(&s, &err), MS_EINVAL, err);
   s = (ms_cuda_shape){.T = 1, .R = 1, .K = MS_MAX_CHOICES + 1, .E = 1, .D = 1};
   CHECK_STATUS(ms_cuda_shape_plan(&s, &err), MS_EINVAL, err);
-  s = (ms_cuda_shape){.T = 1 << 25, .R = 1, .K = 64, .E = 1, .D = 1};
+  s = (ms_cuda_shape){.T = 1, .R = 1, .K = 1, .E = 1, .D = 1};
+  CHECK_STATUS(ms_cuda_shape_plan(&s, &err), MS_EINVAL, err);
+  CHECK_TEXT(err.msg, "0 multiprocessors");
+  s = (ms_cuda_shape){.T = 1 << 25, .R = 1, .K = 64, .E = 1, .D = 1, .sms = 108};
   CHECK_STATUS(ms_cuda_shape_plan(&s, &err), MS_ESHAPE, err);
   CHECK_TEXT(err.msg, "33554432 tokens x 64 choices");
 }
@@ -98,6 +123,7 @@ int main(void) {
   test_tiles_of_any_routing_fit_the_table();
   test_sections_are_aligned_and_do_not_overlap();
   test_chunks_of_the_sort_are_short_enough();
+  test_all_blocks_of_the_sort_can_run_at_once();
   test_bad_shapes_are_refused();
   return check_end("test_cuda_shape");
 }

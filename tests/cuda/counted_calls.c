@@ -40,6 +40,9 @@ COUNTED(launches, __cudaLaunchKernel, // what <<<>>> is from CUDA 13 on; cudaLau
 COUNTED(launches, cudaLaunchKernel,
         (const void *f, dim3 grid, dim3 block, void **args, size_t shared, cudaStream_t s),
         (f, grid, block, args, shared, s))
+COUNTED(launches, cudaLaunchCooperativeKernel,
+        (const void *f, dim3 grid, dim3 block, void **args, size_t shared, cudaStream_t s),
+        (f, grid, block, args, shared, s))
 COUNTED(launches, cudaLaunchKernelExC, (const cudaLaunchConfig_t *how, const void *f, void **args),
         (how, f, args))
 COUNTED(waits, cudaDeviceSynchronize, (void), ())

@@ -540,6 +540,7 @@ void check_all() {
   const layer bf16 = {64, 64, 96, 2, 8, HOLES, MS_BF16, MS_GELU, false, true};
   const layer gated = {20, 32, 48, 1, 3, EVEN, MS_F32, MS_SILU, true, true};
   const layer tall = {200, 64, 96, 1, 3, HOLES, MS_BF16, MS_RELU, false, true};
+  check("graph", {4200, 16, 16, 2, 8, HOLES, MS_BF16, MS_RELU, false, true}, check_graph); // many blocks sort
   for (const layer &l : {bf16, gated, tall}) {
     check("graph", l, check_graph);
     check("misaligned", l, check_misaligned);

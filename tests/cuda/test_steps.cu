@@ -108,15 +108,16 @@ struct layer {
   ms_dtype dtype = MS_BF16, index_dtype = MS_I64, weight_dtype = MS_F32;
   int32_t misaligned = 0; // elements that hidden lies past a multiple of 16 bytes
   bool in_place = false, replicated = false;
+  int32_t sms = 0; // 0: the device's; fewer: blocks of group have more to do
 };
 
 const char *const routing_names[] = {"even", "skewed", "one expert", "holes", "no expert"};
 
 std::string name_of(const layer &l) {
   char text[160];
-  snprintf(text, sizeof text, "R=%d T=%d D=%d K=%d E=%d %s %s%s%s%s", l.R, l.T, l.D, l.K, l.E, ms_dtype_name(l.dtype),
+  snprintf(text, sizeof text, "R=%d T=%d D=%d K=%d E=%d %s %s%s%s%s%s", l.R, l.T, l.D, l.K, l.E, ms_dtype_name(l.dtype),
            routing_names[l.route], l.misaligned ? " misaligned" : "", l.in_place ? " in place" : "",
-           l.replicated ? " replicated" : "");
+           l.replicated ? " replicated" : "", l.sms ? (" sms=" + std::to_string(l.sms)).c_str() : "");
   return text;
 }
 
@@ -192,7 +193,7 @@ struct fixture {
     MUST(cudaGetDevice(&device));
     MUST(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
     shape.T = l.T, shape.R = l.R, shape.K = l.K, shape.E = l.E, shape.D = l.D, shape.F = 64;
-    shape.dtype = l.dtype, shape.math = l.dtype == MS_F32 ? MS_CUDA_FMA : MS_CUDA_MMA, shape.sms = sms;
+    shape.dtype = l.dtype, shape.math = l.dtype == MS_F32 ? MS_CUDA_FMA : MS_CUDA_MMA, shape.sms = l.sms ? l.sms : sms;
     shape.in_place = l.in_place, shape.replicated = l.replicated;
     MUST_OK(ms_cuda_shape_plan(&shape, &err));
     size_t bytes = sizeof(ms_cuda_faults) + (size_t)l.R * sizeof(ms_cuda_header);
@@ -382,6 +383,28 @@ std::string check_steps(const layer &l) {
     if (std::string wrong = check_combine(l, f, expert, round); !wrong.empty()) return wrong;
   }
   return "";
+}
+
+// A graph of group replayed with other routing, on a workspace as the replay before left it.
+std::string check_replays(const layer &l) {
+  fixture f(l);
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  MUST(cudaStreamBeginCapture(f.stream, cudaStreamCaptureModeThreadLocal));
+  f.group();
+  MUST(cudaStreamEndCapture(f.stream, &graph));
+  MUST(cudaGraphInstantiate(&exec, graph, 0));
+  std::string wrong;
+  for (uint64_t round = 1; round <= 3 && wrong.empty(); round++) {
+    rank_input in = input_of(l, 0, round);
+    f.pack(l, 0, in, f.header(l, l.T));
+    MUST(cudaGraphLaunch(exec, f.stream));
+    f.wait();
+    wrong = check_group(l, f, in.expert);
+  }
+  cudaGraphExecDestroy(exec);
+  cudaGraphDestroy(graph);
+  return wrong;
 }
 
 // ---- faults --------------------------------------------------------------------------------------------------------
@@ -658,6 +681,9 @@ const layer layers[] = {
     {3, 1500, 8, 2, 2048, EVEN, MS_BF16},
     {1, 300, 8, 2, 1025, EVEN, MS_BF16},
     {1, 700, 8, 1, 65536, EVEN, MS_BF16},
+    {1, 700, 8, 1, 65536, EVEN, MS_BF16, MS_I64, MS_F32, 0, false, false, 3}, // shares of many rounds
+    {1, 33500, 8, 2, 64, HOLES, MS_BF16, MS_I64, MS_F32, 0, false, false, 2}, // more chunks than blocks
+    {1, 4500, 8, 2, 8, EVEN, MS_BF16, MS_I64, MS_F32, 0, false, false, 1},    // a block alone
     // on both sides of where the ways part
     {1, 4096, 8, 2, 1024, EVEN, MS_BF16},
     {1, 256, 8, 1, 1024, ONE, MS_BF16},
@@ -673,6 +699,10 @@ int main(int argc, char **argv) {
   } else {
     for (const layer &l : layers)
       if (argc < 2 || name_of(l).find(argv[1]) != std::string::npos) report(name_of(l), check_steps(l));
+    for (int32_t T : {50, 5000}) { // one block sorts, many do
+      layer l = {1, T, 8, 2, 64, HOLES};
+      if (argc < 2) report("graph: " + name_of(l), check_replays(l));
+    }
     if (argc < 2) check_faults();
     if (argc < 2) check_reach();
   }
