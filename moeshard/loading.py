@@ -305,11 +305,12 @@ class _Taken:
             self._set(places, tensor, old)
         for block, adapter in self.blocks:
             sources[block] = _experts(type(block).__name__, adapter.weights(block), lazies)
-        if device.type != "cpu":  # the engine is chosen by where the parameters are; they take no memory there either
+        if device.type != "cpu":  # the engine is chosen by where the parameters are; they take a row of memory there
             for old, places in self._places.values():
                 module, attribute = places[0]
                 dtype = module._parameters[attribute].dtype  # type: ignore[union-attr]
-                self._set(places, torch.empty(1, dtype=dtype, device=device).expand(old.shape), old)
+                row = torch.empty(old.shape[-1], dtype=dtype, device=device)  # contiguous, as a bias must be
+                self._set(places, row.expand(old.shape), old)
         return sources
 
     @staticmethod

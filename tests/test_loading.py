@@ -20,7 +20,7 @@ from transformers import AutoModel, SwitchTransformersEncoderModel, SwitchTransf
 from workers import on_ranks
 
 import moeshard
-from moeshard import checkpoint, conversion
+from moeshard import checkpoint, conversion, loading
 
 KINDS = {"encoder": SwitchTransformersEncoderModel, "seq2seq": SwitchTransformersForConditionalGeneration}
 RANKS = pytest.mark.parametrize("ranks", [1, 2, 3, 4])
@@ -189,6 +189,29 @@ def test_experts_one_by_one_and_stacked_on_disk(workers, tmp_path, ranks, origin
 
 
 @NEW
+@pytest.mark.parametrize("family", ["nllb", *({"gpt_oss", "mixtral"} & FAMILIES.keys())])
+def test_on_a_device_a_row_of_memory_stands_in_for_a_parameter(tmp_path, monkeypatch, family):
+    """Seen on torch's meta device: which strides the tensors of experts have that a CUDA engine checks."""
+    stand_ins = []
+    put_back = loading._Taken.put_back
+
+    def on_meta(taken, model):
+        sources = put_back(taken, model.to("meta"))
+        stand_ins.extend(adapter.weights(block) for block, adapter in taken.blocks)
+        return sources
+
+    FAMILIES[family]().save_pretrained(tmp_path)
+    monkeypatch.setattr(loading._Taken, "put_back", on_meta)
+    with pytest.raises(moeshard.ArgumentError, match="on the meta device"):
+        moeshard.from_pretrained(type(FAMILIES[family]()), tmp_path, progress=False)
+    for weights in stand_ins:
+        sizes = {expert.shape for expert in weights.w_in}
+        assert len(sizes) == 1 and all(expert.untyped_storage().nbytes() <= 4096 for expert in weights.w_in)
+        for bias in (weights.b_in, weights.b_out):
+            assert bias is None or all(expert.is_contiguous() for expert in bias)
+    assert stand_ins
+
+
 def test_stacked_experts_in_another_dtype(workers, tmp_path):
     mixtral(tmp_path, torch.bfloat16)
     for facts in on(workers, 2, mixtral_like_huggingface, tmp_path, {"torch_dtype": torch.float32}):
