@@ -78,6 +78,8 @@ CASES = [
                         bias=True),
     dataclasses.replace(BASE, name="tile-128-clamped", tokens=150, experts=1, d_ff=72, gated=True, bias=True,
                         activation="clamped_swiglu"),
+    # More slots than one block sorts.
+    dataclasses.replace(BASE, name="many-slots", tokens=8448, d_model=32, d_ff=32, experts=8, routing="even"),
     dataclasses.replace(BASE, name="float32-clamped", dtype="float32", tokens=20, d_model=32, d_ff=37, gated=True,
                         bias=True, activation="clamped_swiglu"),
 ]  # fmt: skip

@@ -131,17 +131,17 @@ struct layer {
   ms_activation activation = MS_RELU;
   bool gated = false, biased = false, ragged = false;
   int32_t R = 1, chunks = 1;
-  bool replicated = false;
+  bool replicated = false, tf32 = false;
 };
 
 std::string name_of(const layer &l) {
   static const char *const routes[] = {"even", "skewed", "one expert", "holes", "no expert"};
   static const char *const activations[] = {"identity", "relu", "gelu", "gelu_tanh", "silu", "clamped_swiglu"};
   char text[200];
-  snprintf(text, sizeof text, "%s T=%d D=%d F=%d K=%d E=%d %s %s%s%s%s R=%d chunks=%d%s", ms_dtype_name(l.dtype), l.T,
-           l.D, l.F, l.K, l.E, routes[l.route], activations[l.activation], l.gated ? " gated" : "",
-           l.biased ? " biased" : "", l.ragged ? " ragged" : "", l.R, l.chunks,
-           l.replicated ? " replicated" : "");
+  snprintf(text, sizeof text, "%s T=%d D=%d F=%d K=%d E=%d %s %s%s%s%s R=%d chunks=%d%s",
+           l.tf32 ? "tf32" : ms_dtype_name(l.dtype), l.T, l.D, l.F, l.K, l.E, routes[l.route],
+           activations[l.activation], l.gated ? " gated" : "", l.biased ? " biased" : "", l.ragged ? " ragged" : "", l.R,
+           l.chunks, l.replicated ? " replicated" : "");
   return text;
 }
 
@@ -257,7 +257,7 @@ struct batch {
     c.hidden = d_hidden, c.index = d_index, c.weight = d_weight, c.out = d_out;
     if (tokens == 0) c.hidden = c.index = c.weight = c.out = nullptr;
     c.dtype = l.dtype, c.index_dtype = MS_I64, c.weight_dtype = MS_F32;
-    c.tokens = tokens, c.capacity = capacity, c.K = l.K, c.layer = 3, c.replicated = l.replicated;
+    c.tokens = tokens, c.capacity = capacity, c.K = l.K, c.layer = 3, c.replicated = l.replicated, c.tf32 = l.tf32;
     return c;
   }
   std::vector<char> out() const { return read(d_out, bytes()); }

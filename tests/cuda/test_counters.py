@@ -20,6 +20,15 @@ def test_memory_accesses_are_within_their_limits(script, simdev, files):
     assert not list(counters.excess(counters.ratios(files.values()), json.loads(counters.TABLE.read_text())))
 
 
+def test_a_sort_by_many_blocks_is_within_the_limits(script, simdev, tmp_path):
+    if not simdev.simulated:
+        pytest.skip("ptxsim counts, a GPU does not")
+    file = tmp_path / "counters.jsonl"
+    script("layer_cases.py", "many-slots", PTXSIM_COUNTERS=str(file))
+    found = counters.ratios([file])["ms_group_large"]
+    assert all(found[space] <= limit for space, limit in counters.LIMITS.items()), found
+
+
 def test_a_conflict_a_stray_access_and_a_new_kernel_would_be_seen():
     table = {"a": {"shared": 1.0, "global": 1.0}, "b": {"global": 1.1}}
     now = {"a": {"shared": 2.0, "global": 1.02}, "c": {"global": 1.0}}

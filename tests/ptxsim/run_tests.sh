@@ -51,7 +51,7 @@ compile kernels.cu kernels $sm80 $cubin
 compile hopper.cu hopper $sm90
 compile hopper_async.cu hopper_async $sm90
 compile races.cu races $sm80 -lineinfo
-compile cooperative.cu cooperative $sm80
+compile cooperative.cu cooperative $sm80 -lineinfo
 compile misc.cu misc $sm80 -Xlinker "$LIBS/libnccl.so.2"
 [ $bin/cubtest -nt tests/cubtest.cu ] || compile cubtest.cu cubtest $sm80
 compile pyext.cu pyext.so $sm80 $cubin -Xcompiler -fPIC -shared \
@@ -109,15 +109,19 @@ PTXSIM_COUNTERS=$bin/c.json BIG=1 $bin/k_8 moe >/dev/null
 pass "counters: conflicts without swizzle" grep -qE \
   '"shared_wavefronts":[4-9][0-9]{4},"shared_ideal":24576' $bin/c.json
 for t in rows ticket; do PTXSIM_COVERAGE=$bin/cov.json $bin/races $t >/dev/null; done
+PTXSIM_COVERAGE=$bin/cov.json $bin/cooperative meet >/dev/null
 $PYTHON coverage.py $bin/cov.json >$bin/cov.txt
 row=$(grep -n 'out\[row' tests/races.cu | cut -d: -f1) same=$(grep -n 'out\[threadIdx.x\] = 7' tests/races.cu | cut -d: -f1)
-pass "coverage: an executed and an unexecuted line" $PYTHON - $bin/cov.json "$row" "$same" <<'PY'
+call=$(grep -n '  meet(word);' tests/cooperative.cu | cut -d: -f1)
+pass "coverage: lines executed and not, a call of an inlined function" $PYTHON - $bin/cov.json "$row" "$same" "$call" <<'PY'
 import sys
 sys.path.insert(0, ".")
 sys.dont_write_bytecode = True
 import coverage
-lines = next(v for k, v in coverage.merge(sys.argv[1]).items() if k.endswith("races.cu"))
-assert lines[int(sys.argv[2])] > 0 and lines[int(sys.argv[3])] == 0
+files = coverage.merge(sys.argv[1])
+races, cooperative = (next(v for k, v in files.items() if k.endswith(name)) for name in ("races.cu", "cooperative.cu"))
+row, same, call = map(int, sys.argv[2:])
+assert races[row] > 0 and races[same] == 0 and cooperative[call] > 0 and 0 not in cooperative
 PY
 
 # NCCL

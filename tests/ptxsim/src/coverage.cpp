@@ -56,8 +56,12 @@ void coverageWrite() {
           used.insert(in.loc);
     }
     for (int i : used) {
-      auto [file, line] = m->sourceLines[i];
-      files[m->files[file]][line] += (size_t)i < h.size() ? h[i] : 0;
+      const SourceLine& at = m->sourceLines[i];
+      uint64_t n = (size_t)i < h.size() ? h[i] : 0;
+      if (at.line) // 0: the compiler's own
+        files[m->files[at.file]][at.line] += n;
+      if (at.callLine) // a call has been executed if what it calls has, also without code of its own
+        files[m->files[at.callFile]][at.callLine] += n;
     }
   }
   FILE* out = fopen(Options::get().coverageFile.c_str(), "a");
@@ -75,9 +79,10 @@ void coverageWrite() {
 std::string sourceLine(const Module& m, const RawInstr& in) {
   if (in.loc < 0)
     return "";
-  auto [file, line] = m.sourceLines[in.loc];
-  auto it = m.files.find(file);
-  return "\n    source " + (it == m.files.end() ? "?" : it->second) + ":" + std::to_string(line);
+  const SourceLine& at = m.sourceLines[in.loc];
+  auto it = m.files.find(at.file);
+  return "\n    source " + (it == m.files.end() ? "?" : it->second) + ":" +
+         std::to_string(at.line);
 }
 
 } // namespace ptx

@@ -8,6 +8,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <unordered_map>
 #include <vector>
 
@@ -146,6 +147,15 @@ struct Function {
   int regs() const { return (int)regBytes.size(); }
 };
 
+// Where an instruction comes from: a line; of an inlined function, also the line that calls it.
+struct SourceLine {
+  int file, line, callFile, callLine; // callLine 0: not inlined
+  bool operator<(const SourceLine& o) const {
+    return std::tie(file, line, callFile, callLine) <
+           std::tie(o.file, o.line, o.callFile, o.callLine);
+  }
+};
+
 // A module as loaded on one device.
 struct Module {
   std::string text, target, source;
@@ -156,8 +166,8 @@ struct Module {
   std::vector<Function*> funcById;              // function pointers are WIN_FUNC + 16 * index
   uint64_t sharedStatic = 0;                    // bytes of module-scope .shared variables
   std::map<int, std::string> files;             // .file directives
-  std::vector<std::pair<int, int>> sourceLines; // (file, line) of the .loc directives
-  std::map<std::pair<int, int>, int> sourceLineIndex;
+  std::vector<SourceLine> sourceLines;          // of the .loc directives
+  std::map<SourceLine, int> sourceLineIndex;
 };
 
 std::unique_ptr<Module> parseModule(const std::string& text, const std::string& source);

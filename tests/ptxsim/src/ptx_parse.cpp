@@ -743,18 +743,26 @@ struct Parser {
     }
     fn.frameParamBytes = (fp + 15) / 16 * 16;
   }
-  // .loc file line column [, function_name ..., inlined_at ...]: the source of the instructions
-  // that follow
+  // .loc file line column [, function_name name, inlined_at file line column]: the source of the
+  // instructions that follow
   void location() {
     int ln = cur.line;
     adv();
-    int file = (int)integer(), line = (int)integer();
-    auto added = m.sourceLineIndex.insert({{file, line}, (int)m.sourceLines.size()});
-    if (added.second)
-      m.sourceLines.push_back({file, line});
-    loc = added.first->second;
-    while (cur.line == ln && !is("}"))
+    SourceLine at = {};
+    at.file = (int)integer();
+    at.line = (int)integer();
+    while (cur.line == ln && !is("}")) {
+      bool inlined = is("inlined_at");
       adv();
+      if (inlined) {
+        at.callFile = (int)integer();
+        at.callLine = (int)integer();
+      }
+    }
+    auto added = m.sourceLineIndex.insert({at, (int)m.sourceLines.size()});
+    if (added.second)
+      m.sourceLines.push_back(at);
+    loc = added.first->second;
   }
   void instruction() {
     RawInstr r;
