@@ -7,6 +7,7 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 
 import moeshard
 from moeshard import cuda
@@ -57,6 +58,19 @@ def test_experts_say_what_they_hold(_cuda):
     assert (made.dtype, made.activation, made.gated, made.has_b_in, made.has_b_out) == (
         "float16", "silu", True, True, False)  # fmt: skip
     assert made.columns.tolist() == [[0, F]] * E and made.nbytes >= E * 3 * F * D * 2
+
+
+@pytest.mark.parametrize("source", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16"])
+def test_weights_of_another_dtype_are_rounded_once(_cuda, simdev, source, storage):
+    seed = torch.Generator().manual_seed(0)
+    made = experts(_cuda, dtype=storage)
+    given = [torch.randn(shape, generator=seed).to(getattr(torch, source)) for shape in ((F, D), (D, F))]
+    found = [simdev.empty(tensor.shape, storage) for tensor in given]
+    made.pack(1, *map(simdev.to_device, given))
+    made.unpack(1, *found)
+    for one, other in zip(given, found, strict=True):
+        assert torch.equal(other.torch(), one.to(getattr(torch, storage)))
 
 
 @pytest.mark.parametrize("place", ["host", "device"])

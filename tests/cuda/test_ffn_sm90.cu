@@ -72,6 +72,7 @@ const layer CASES[] = {
     {"many steps", 64, 1, 512, 320, 1, 1, 128, false, false, false, MS_RELU, MS_BF16, EVEN, MS_CUDA_WGMMA},
     {"one token", 1, 1, 64, 64, 3, 1, 64, false, false, false, MS_RELU, MS_BF16, EVEN, MS_CUDA_WGMMA},
     {"64 rows, 2 ranks, top 4", 20, 2, 160, 300, 3, 4, 64, false, true, true, MS_GELU, MS_BF16, EVEN, MS_CUDA_WGMMA},
+    {"64 rows, float16", 63, 1, 104, 96, 1, 1, 64, false, true, false, MS_GELU, MS_F16, EVEN, MS_CUDA_WGMMA},
     {"64 rows, gated", 65, 1, 104, 200, 1, 1, 64, true, false, false, MS_SILU, MS_F16, ONE, MS_CUDA_WGMMA},
     {"clamped", 100, 1, 96, 72, 1, 1, 128, true, true, false, MS_CLAMPED_SWIGLU, MS_BF16, EVEN, MS_CUDA_WGMMA},
     {"64 rows, many steps", 64, 1, 448, 448, 1, 1, 64, false, false, false, MS_RELU, MS_BF16, EVEN, MS_CUDA_WGMMA},
