@@ -103,7 +103,7 @@ test: build ## lint, C tests, pytest with the older transformers, pytest
 
 .PHONY: test-old
 test-old: build ## the tests of whole models with transformers 4.57
-	PYTHONPATH=$(OLD) $(PY) -m pytest -q tests/test_switch*.py tests/test_families.py tests/test_loading.py \
+	PYTHONPATH=$(OLD) $(PY) -m pytest -q tests/test_switch*.py tests/test_router.py tests/test_families.py tests/test_loading.py \
 	  tests/test_saving.py tests/test_hub_code.py $(PYTEST)
 
 .PHONY: test-compare

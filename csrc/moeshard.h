@@ -361,6 +361,17 @@ ms_status ms_route(ms_batch *batch, const void *hidden, ms_dtype dtype, const vo
                    ms_dtype index_dtype, const void *weight, ms_dtype weight_dtype, int64_t T,
                    int64_t D, int32_t K, int32_t E, void *out, ms_error *err);
 
+// What a Switch router makes of its probabilities: each token's best expert (the first of equals; a NaN is the largest),
+// unless `capacity` tokens before it in its sequence chose the same.
+//   probability  [T, E] dtype (MS_F32, MS_BF16, MS_F16), contiguous (borrowed until the call returns)
+//   S            tokens of a sequence, which divides T
+//   mask         [T, E] out: 1 for the expert of a token that has room, 0 else
+//   best         [T] out, dtype: the largest probability, room or not
+// Cost: O(T*E), one pass, no allocation. Errors: MS_EINVAL; MS_ESHAPE; MS_EDTYPE.
+// Source: transformers 5.23.0, modeling_switch_transformers.py, SwitchTransformersTop1Router.
+ms_status ms_route_top1(const void *probability, ms_dtype dtype, int64_t T, int32_t E, int64_t S,
+                        int64_t capacity, int64_t *mask, void *best, ms_error *err);
+
 // ---- chapter 2: gather ------------------------------------------------------------------------------
 // All-gather tokens and choices. Index and weight travel with the tokens; every rank recounts them itself.
 // Cost: one copy of this rank's tokens into shared memory; peers' tokens are read in place through batch->row.

@@ -1,12 +1,14 @@
 // step1_route.c - route: take the router's choices for this rank's tokens, and refuse bad ones.
 //
-// The choices come from the model's own router, in its dtypes; every later step reads int32 and float32.
+// The choices come from the model's own router, in its dtypes; every later step reads int32 and float32. What a Switch
+// router does after its softmax, in one pass, is here too.
 //
 // SPDX-License-Identifier: Apache-2.0
 #include "base/memory.h"
 #include "kernels/kernels.h"
 
 #include <math.h>
+#include <string.h>
 
 // One loop per index dtype, one pass: convert and find the worst offender without a branch in the loop.
 #define IMPORT_INDEX(type)                                                                         \
@@ -105,5 +107,56 @@ ms_status ms_route(ms_batch *batch, const void *hidden, ms_dtype dtype, const vo
                       .expert = expert,
                       .weight = memory->weight.data,
                       .memory = memory};
+  return MS_OK;
+}
+
+// The first of the largest; a NaN is larger than all else, as in torch.
+static int32_t best_of(const void *row, ms_dtype dtype, int32_t E) {
+  enum { AT_ONCE = 256 }; // 1 KiB of stack
+  const ms_kernels *kernels = ms_kernels_get();
+  float wide[AT_ONCE], top = 0;
+  int32_t best = -1;
+  for (int32_t first = 0; first < E; first += AT_ONCE) {
+    int32_t n = E - first < AT_ONCE ? E - first : AT_ONCE;
+    const float *p = wide;
+    if (dtype == MS_F32)
+      p = (const float *)row + first;
+    else if (dtype == MS_BF16)
+      kernels->widen_bf16((const uint16_t *)row + first, wide, n);
+    else
+      kernels->widen_f16((const uint16_t *)row + first, wide, n);
+    if (best < 0) best = 0, top = p[0];
+    for (int32_t i = 0; i < n; i++) {
+      if (p[i] <= top || isnan(top)) continue;
+      top = p[i];
+      best = first + i;
+    }
+  }
+  return best;
+}
+
+ms_status ms_route_top1(const void *probability, ms_dtype dtype, int64_t T, int32_t E, int64_t S,
+                        int64_t capacity, int64_t *mask, void *best, ms_error *err) {
+  if (E < 1 || E > MS_MAX_EXPERTS)
+    return ms_fail(err, MS_EINVAL, "num_experts: got %d, expected 1 to %d", E, MS_MAX_EXPERTS);
+  if (T < 0 || S < 1 || T % S)
+    return ms_fail(err, MS_ESHAPE, "sequence: got %lld, which does not divide %lld tokens",
+                   (long long)S, (long long)T);
+  if (dtype != MS_F32 && dtype != MS_BF16 && dtype != MS_F16)
+    return ms_fail(err, MS_EDTYPE, "probabilities: got %s, expected float32, bfloat16 or float16",
+                   ms_dtype_name(dtype));
+
+  size_t size = (size_t)ms_dtype_size(dtype);
+  memset(mask, 0, (size_t)(T * E) * sizeof *mask);
+  for (int64_t t = 0; t < T; t++) {
+    // Until its own turn, the row of a sequence's last token counts what each expert got.
+    int64_t *count = mask + (t - t % S + S - 1) * E;
+    const char *row = (const char *)probability + (size_t)(t * E) * size;
+    int32_t e = best_of(row, dtype, E);
+    bool kept = ++count[e] <= capacity;
+    if (t % S == S - 1) memset(count, 0, (size_t)E * sizeof *count);
+    mask[t * E + e] = kept;
+    memcpy((char *)best + (size_t)t * size, row + (size_t)e * size, size);
+  }
   return MS_OK;
 }

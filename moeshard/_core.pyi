@@ -171,6 +171,16 @@ class PackedExperts:
     def has_b_out(self) -> bool: ...
 
 # the batch: steps 1, 3, 4; steps 2 and 5 belong to the exchange
+# step 1: route. Probabilities [T, E], sequences of S tokens; mask [T, E] int64 and best [T] are written.
+def route_top1(
+    probabilities: SupportsDLPack,
+    sequence: int,
+    capacity: int,
+    mask: SupportsDLPack,
+    best: SupportsDLPack,
+    /,
+) -> None: ...
+
 @final
 class Batch:
     def __new__(cls) -> Self: ...

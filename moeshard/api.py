@@ -23,6 +23,7 @@ from .padding import Padding, counts_over_sequences, has_capacity, readers
 from .placement import Placement
 from .planner.results import ModelPlan
 from .plans import Plan, PlanChoice, plan_for
+from .router import unfuse
 from .streaming import Load, allocate, empty, pack_and_free, unpack_and_free
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def shard(
     tokens: Literal["local", "replicated"] = "local",
     capacity: Capacity = "model",
     skip_padding: bool = False,
+    fused_router: bool = True,
     progress: bool = True,
 ) -> Model:
     """Cut the experts of every MoE layer of a model over the ranks, in place. Collective.
@@ -100,6 +102,9 @@ def shard(
         skip_padding: do not compute what the experts make of padding, as told by the ``attention_mask`` ``[B, S]`` of
             integers or booleans that an encoder or decoder is called with. The outputs of all other tokens keep their
             bits; padding's own change. See ``docs/padding.md``.
+        fused_router: what a Switch router does after its softmax is one pass of moeshard's core, with the same results
+            bit for bit (on the CPU; not while torch compiles). ``False``: the model's own code. Other routers are left
+            alone. See ``docs/performance.md``.
         progress: show a progress bar over the experts on rank 0, if tqdm is installed.
 
     Returns:
@@ -126,7 +131,7 @@ def shard(
             trailing = any(has_capacity(site.block) for site in sites)
             left_to_router = [counts_over_sequences(site.block) for site in sites]
         with interrupts_put_off():
-            model, loads = replace_blocks(model, sites, group, capacity, replicated)
+            model, loads = replace_blocks(model, sites, group, capacity, replicated, fused_router)
             paddings = {reader: Padding(reader, trailing=trailing) for reader in dict.fromkeys(told_by)}
             for reader, by_router, (*_, original) in zip(told_by, left_to_router, _replaced(model), strict=False):
                 if not by_router:
@@ -360,7 +365,7 @@ def _sample(weights: ExpertWeights) -> str:
 
 
 def replace_blocks(
-    model: Model, sites: Sequence[Site], group: Group, capacity: Capacity, replicated: bool
+    model: Model, sites: Sequence[Site], group: Group, capacity: Capacity, replicated: bool, fused_router: bool
 ) -> tuple[Model, list[Load]]:
     """Put a replacement in the place of every block, its experts still to be packed; on all ranks or on none."""
     layers = [group.new_layer() for _ in sites]  # the same number on all ranks, whatever happens
@@ -376,6 +381,8 @@ def replace_blocks(
                 experts = ShardedExperts(packed, site.plan, group, layer=layer, replicated=replicated)
                 replacement = site.adapter.build(site.block, experts, capacity)
                 built.append(site)
+                for module in () if fused_router else replacement.modules():
+                    unfuse(module)
                 for hooks in _HOOKS:
                     setattr(replacement, hooks, getattr(site.block, hooks))
                 shapes = [parameter.shape for parameter in parameters]

@@ -50,6 +50,7 @@ def from_pretrained(
     dtype: object = None,
     tokens: Literal["local", "replicated"] = "local",
     capacity: Capacity = "model",
+    fused_router: bool = True,
     progress: bool = True,
     torch_dtype: object = None,
     config: object = None,
@@ -73,6 +74,7 @@ def from_pretrained(
         dtype: storage of the experts, as in :func:`moeshard.shard`. ``None``: that of the model.
         tokens: as in :func:`moeshard.shard`.
         capacity: as in :func:`moeshard.shard`.
+        fused_router: as in :func:`moeshard.shard`.
         progress: show a progress bar over the experts on rank 0, if tqdm is installed.
         torch_dtype: of the model, ``"auto"``, a name or torch's, as in transformers; ``None``: its default.
         config: the model's configuration. ``None``: the checkpoint's. For options of the model:
@@ -105,7 +107,7 @@ def from_pretrained(
             sources = taken.put_back(model.to(device))
         sites, replicated = prepare(model, group, plan, dtype, tokens, capacity, sample=lambda _: digest)
         experts = [sources[site.block] for site in sites]
-        model, loads = replace_blocks(model, sites, group, capacity, replicated)
+        model, loads = replace_blocks(model, sites, group, capacity, replicated, fused_router)
         sites.clear()  # they would keep what stands for the experts' parameters
         with group.all_or_none():
             _pack(loads, experts, checkpoint, shown)

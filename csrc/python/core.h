@@ -71,6 +71,7 @@ int core_add_threads(PyObject *module, core_state *state);
 int core_add_plan(PyObject *module);
 int core_add_layout(PyObject *module, core_state *state);
 int core_add_placement(PyObject *module);
+int core_add_route(PyObject *module);
 int core_add_tensor(PyObject *module, core_state *state);
 int core_add_experts(PyObject *module, core_state *state);
 int core_add_batch(PyObject *module, core_state *state);

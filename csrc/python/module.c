@@ -7,7 +7,7 @@
 //   arrays.c      NumPy arrays in, out    layout.c      Layout
 //   state.c       module state            dlpack_abi.h  DLPack's structs
 //   experts_args.c, routing_args.c        arguments that all engines have alike
-//   placement.c   chapter L: place ...
+//   placement.c   chapter L: place ...    route.c     step 1: route_top1
 //
 // All but the right column, threads.c and this file is also linked into _cuda (cuda/python).
 //
@@ -31,6 +31,7 @@ static int module_exec(PyObject *module) {
   if (core_add_placement(module)) return -1;
   if (core_add_tensor(module, state)) return -1;
   if (core_add_experts(module, state)) return -1;
+  if (core_add_route(module)) return -1;
   if (core_add_batch(module, state)) return -1;
   if (core_add_exchange(module, state)) return -1;
   return PyModule_AddStringConstant(module, "__version__", MS_VERSION);

@@ -20,6 +20,7 @@ from torch import nn
 from .. import _core
 from ..experts import ExpertWeights
 from ..layer import ShardedExperts
+from ..router import fuse, unfuse
 from . import Capacity, Family, activation_of, refuse_training
 
 FAMILY = Family(
@@ -33,7 +34,8 @@ FAMILY = Family(
         "Padding tokens are routed and use up capacity, whatever `router_ignore_padding_tokens` says.",
         "The router casts its classifier to float32 once and keeps it so; the best expert is chosen after the "
         "probabilities were cast back, so that near-ties in bfloat16 go to the lower number.",
-        "The router module is still called, so that recorded `router_logits` appear.",
+        "The router module is still called, so that recorded `router_logits` appear; what follows its softmax is one "
+        "pass of moeshard's core with the same bits (`fused_router=False`: the model's own code).",
         "`experts_implementation=` is accepted and ignored by transformers: call `moeshard.shard`.",
     ),
 )
@@ -83,17 +85,19 @@ class SwitchAdapter:
         return [linear.weight for expert in _experts(block) for linear in (expert.wi, expert.wo)]
 
     def build(self, block: nn.Module, experts: ShardedExperts, capacity: Capacity) -> nn.Module:
-        """The router's own code applies the capacity: only its number is set."""
+        """The router applies the capacity: only its number is set."""
         router: Any = block.router
         router.moeshard_expert_capacity = router.expert_capacity
         if capacity != "model":
             router.expert_capacity = sys.maxsize if capacity is None else capacity
+        fuse(router)
         # 4.57 keeps the experts in a plain ModuleDict and returns the router's output with the block's.
         return ShardedSwitch(router, experts, returns_router_output=type(block.experts) is nn.ModuleDict)
 
     def restore(self, block: nn.Module) -> None:
-        """Give the router its capacity back."""
+        """Give the router its class and its capacity back."""
         router: Any = block.router
+        unfuse(router)
         router.expert_capacity = router.moeshard_expert_capacity
         del router.moeshard_expert_capacity
 
