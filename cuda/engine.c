@@ -256,6 +256,9 @@ static ms_status mark(const layer *l, ms_cuda_step step, ms_error *err) {
 static ms_status check_call(const ms_cuda_engine *g, const ms_cuda_experts *x, const ms_cuda_call *c, ms_error *err) {
   if (x->device != g->device)
     return ms_fail(err, MS_EINVAL, "experts: they are on device %d, expected %d", x->device, g->device);
+  if (c->layout && (c->layout->device != g->device || c->layout->E != x->spec.E))
+    return ms_fail(err, MS_EINVAL, "layout: it has %d experts on device %d, expected %d on device %d", c->layout->E,
+                   c->layout->device, x->spec.E, g->device);
   if (c->dtype != x->spec.storage)
     return ms_fail(err, MS_EDTYPE, "hidden_states: got %s, expected %s as the experts", ms_dtype_name(c->dtype),
                    ms_dtype_name(x->spec.storage));
@@ -342,7 +345,7 @@ static ms_status compute(const layer *l, int32_t chunk, ms_error *err) {
   if (l->travel != l->stream) MS_CUDA(cudaStreamWaitEvent(l->stream, space_of(l, chunk)->gathered, 0), err);
 #endif
   MS_TRY(mark(l, MS_CUDA_GROUP, err));
-  MS_TRY(ms_cuda_group(s, &view, l->stream, err));
+  MS_TRY(ms_cuda_group(s, &view, l->call->layout, l->stream, err));
   MS_TRY(mark(l, MS_CUDA_FFN, err));
   if (s->slots) {
     MS_TRY(ms_cuda_ffn_up(s, &view, l->experts->spec.activation, l->stream, err));

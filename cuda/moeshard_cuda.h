@@ -1,6 +1,7 @@
 // moeshard_cuda.h - THE MAP of the CUDA engine: the same five steps as csrc/moeshard.h, on a stream.
 //
 //   experts    this rank's columns on the device (once per model)              experts.c
+//   layout     this rank's share of each expert's slots (once per model)       layout.c
 //   shape      everything that launches and memory depend on, in plain C      shape.c
 //   gather     header, tokens and choices into one message; all-gather        step2_gather.cuh, exchange/
 //   group      stable sort of the slots by expert, and the table of tiles     step3_group.cuh
@@ -70,6 +71,31 @@ ms_status ms_cuda_experts_seen(const ms_cuda_experts *experts, int64_t *seen, bo
 // As ms_experts_unpack; destinations are device or host memory.
 ms_status ms_cuda_experts_unpack(const ms_cuda_experts *experts, int32_t e, void *w_in, void *w_out,
                                  float *b_in, float *b_out, void *stream, ms_error *err);
+
+// ---- layout: this rank's share of the slots ------------------------------------------------------
+// The rule of csrc/moeshard.h, chapter P, for tokens that are nobody's own: rows go to all ranks anyway, so none would
+// stay at home. Slot number i of an expert with c copies, in the order of tokens, goes to copy (e + i) mod c. That
+// follows from the routing of a chunk alone, and all ranks find the same.
+
+typedef struct ms_cuda_turns { // of the slots of an expert: numbers first, first + step, first + 2 * step ...
+  int32_t first, step;         // first: MS_CUDA_NO_TURN where this rank computes none; step: copies of the expert
+} ms_cuda_turns;
+
+enum { MS_CUDA_NO_TURN = INT32_MAX };
+
+typedef struct ms_cuda_layout {
+  int32_t E, device;
+  ms_cuda_turns *host;   // [E]
+  ms_cuda_turns *turns; // [E] device
+} ms_cuda_layout;
+
+//   copies [E] of each expert, 0: pruned    copy [E] the one that this rank is in, -1: it holds no column
+// Cost: one cudaMalloc of 8 E bytes. Errors: MS_EINVAL copies or copy; MS_ENOMEM; MS_ECUDA.
+ms_status ms_cuda_layout_create(int32_t E, const int32_t *copies, const int32_t *copy, int32_t device,
+                                ms_cuda_layout **out, ms_error *err);
+void ms_cuda_layout_free(ms_cuda_layout *layout); // NULL is legal
+// Of `count` slots that an expert has in a chunk, those that this rank computes.
+int64_t ms_cuda_layout_own(const ms_cuda_layout *layout, int32_t e, int64_t count);
 
 // ---- shape: what launches and memory depend on (shape.c, no CUDA header) ------------------------
 
@@ -143,6 +169,7 @@ typedef struct ms_cuda_view { // one chunk in the workspace; passed by value to 
   // gathered
   const char *hidden;     // token n = r*T + t lies at hidden + r*hidden_stride + t*ld_x*size
   const char *messages;   // expert and weight of rank r at messages + r*message_bytes + {expert,weight}_at
+                          // (group: expert becomes -1 where another rank computes the slot)
   int64_t hidden_stride;  // bytes
   // group
   int32_t *tickets;       // [MS_CUDA_TICKETS] at the start of the workspace, zero between kernels
@@ -179,8 +206,10 @@ ms_cuda_view ms_cuda_view_of(const ms_cuda_shape *shape, const ms_cuda_experts *
 ms_status ms_cuda_gather_pack(const ms_cuda_shape *shape, const ms_cuda_view *view, const ms_cuda_header *header,
                               const void *hidden, const void *index, ms_dtype index_dtype, const void *weight,
                               ms_dtype weight_dtype, void *stream, ms_error *err);
-// Check the headers of all ranks, sort the slots, write the table of tiles.
-ms_status ms_cuda_group(const ms_cuda_shape *shape, const ms_cuda_view *view, void *stream, ms_error *err);
+// Check the headers of all ranks, sort the slots that this rank computes, write the table of tiles.
+//   layout  NULL: it computes all
+ms_status ms_cuda_group(const ms_cuda_shape *shape, const ms_cuda_view *view, const ms_cuda_layout *layout,
+                        void *stream, ms_error *err);
 // H = act(X . w_in^T + b_in) (* gate)
 ms_status ms_cuda_ffn_up(const ms_cuda_shape *shape, const ms_cuda_view *view, ms_activation activation,
                          void *stream, ms_error *err);
@@ -228,6 +257,7 @@ typedef struct ms_cuda_call {
   int64_t layer;
   bool replicated; // all ranks hold the same tokens: they do not travel, out = sum over ranks
   bool tf32;
+  const ms_cuda_layout *layout; // NULL: every rank holds columns of every expert, once
 } ms_cuda_call;
 
 // Enqueue a whole layer on `stream`. Faults of an earlier call (routing out of range, ranks that disagree) are raised

@@ -93,9 +93,10 @@ ms_status ms_cuda_shape_plan(ms_cuda_shape *s, ms_error *err) {
   at = 0;
   place(&at, 4 * MS_CUDA_TICKETS); // at the same place for every shape: they stay zero
   s->messages_at = place(&at, messages);
-  // fault and digest of each block of gather; or tiles, sums of shares, counters and ranks of the sort by many blocks
+  // fault and digest of each block of gather; or tiles, rows, sums of shares, counters and ranks of the sort by many
+  // blocks
   int64_t route = 4 * MS_CUDA_ROUTE_BLOCKS;
-  int64_t sort = s->E + 2 * s->sort_blocks + s->sort_chunks * (int64_t)s->E + (s->slots + 1) / 2;
+  int64_t sort = 2 * (int64_t)s->E + 2 * s->sort_blocks + s->sort_chunks * (int64_t)s->E + (s->slots + 1) / 2;
   s->counts_at = place(&at, 4 * (s->sort_chunks && sort > route ? sort : route));
   s->offset_at = place(&at, 4 * ((int64_t)s->E + 1));
   s->order_at = place(&at, 4 * s->slots);

@@ -33,9 +33,10 @@ static ms_status many_blocks(ms_group_args a, int32_t chunks, int32_t blocks, cu
                         "group", err);
 }
 
-ms_status ms_cuda_group(const ms_cuda_shape *shape, const ms_cuda_view *view, void *stream, ms_error *err) {
+ms_status ms_cuda_group(const ms_cuda_shape *shape, const ms_cuda_view *view, const ms_cuda_layout *layout,
+                        void *stream, ms_error *err) {
   ms_group_args a = {};
-  a.messages = view->messages;
+  a.messages = (char *)view->messages;
   a.message_bytes = shape->message_bytes;
   a.expert_at = shape->expert_at;
   a.R = shape->R;
@@ -45,7 +46,8 @@ ms_status ms_cuda_group(const ms_cuda_shape *shape, const ms_cuda_view *view, vo
   a.tile_rows = shape->tile_rows;
   a.meeting = view->tickets + 1;
   a.tiles_before = view->counts;
-  a.share_rows = a.tiles_before + shape->E;
+  a.own_before = a.tiles_before + shape->E;
+  a.share_rows = a.own_before + shape->E;
   a.share_tiles = a.share_rows + shape->sort_blocks;
   a.counters = a.share_tiles + shape->sort_blocks;
   a.rank = (uint16_t *)(a.counters + (int64_t)shape->sort_chunks * shape->E);
@@ -53,6 +55,7 @@ ms_status ms_cuda_group(const ms_cuda_shape *shape, const ms_cuda_view *view, vo
   a.order = view->order;
   a.tiles = view->tiles;
   a.tile_count = view->tile_count;
+  a.turns = layout ? layout->turns : nullptr;
   a.seen = view->seen;
   a.K = shape->K;
   a.faults = view->faults;

@@ -19,9 +19,13 @@
 //
 // Whoever counts does so in the order of slots, so nothing depends on timing.
 //
+// Where a rank computes only some slots of an expert (ms_cuda_turns), it orders those, by their numbers among all of
+// them, which the sort finds anyway. The others become slots without an expert, in the messages too: combine reads there
+// which slots this rank has computed.
+//
 // Headers of all ranks are compared here. If they disagree, or tell of a fault, tile_count is -1, so that no rank
 // computes and outputs become NaN, and the host finds the headers in `faults`. Else the slots are counted in `seen`,
-// expert by expert: integers, so it does not matter who adds first.
+// expert by expert, whoever computes them: integers, so it does not matter who adds first.
 //
 // Many blocks: 32 registers and 2 * E bytes of shared memory, so that two fit on a multiprocessor: half of the device
 // will do while a collective of another chunk has the rest.
@@ -40,7 +44,7 @@
 enum { MS_GROUP_THREADS = 1024, MS_GROUP_WARPS = MS_GROUP_THREADS / 32 };
 
 typedef struct ms_group_args {
-  const char *messages;
+  char *messages;
   int64_t message_bytes, expert_at;
   int32_t R, E, K, slots, rank_slots; // rank_slots = T * K
   int32_t chunks, chunk_slots, tile_rows;
@@ -48,21 +52,62 @@ typedef struct ms_group_args {
   int32_t share_bits, shares;
   int32_t *meeting;                  // of ms_grid_meet
   int32_t *counters, *tiles_before;  // [E][chunks], [E]
+  int32_t *own_before;               // [E] rows, with turns
   int32_t *share_rows, *share_tiles; // [shares]
   uint16_t *rank;                    // [slots]
   int32_t *offset, *order;
   ms_cuda_tile *tiles;
   int32_t *tile_count;
-  unsigned long long *seen; // [E+1] or NULL
+  const ms_cuda_turns *turns; // [E] or NULL: this rank computes all slots
+  unsigned long long *seen;   // [E+1] or NULL
   ms_cuda_faults *faults;
 } ms_group_args;
 
+// Where a slot's expert is written.
+__device__ __forceinline__ int32_t *ms_group_choice(const ms_group_args &a, int32_t slot) {
+  int32_t r = slot / a.rank_slots;
+  return (int32_t *)(a.messages + r * a.message_bytes + a.expert_at) + (slot - r * a.rank_slots);
+}
+
 // The expert of a slot, -1 for none; another rank's message may hold anything.
 __device__ __forceinline__ int32_t ms_group_expert(const ms_group_args &a, int32_t slot) {
-  int32_t r = slot / a.rank_slots;
-  const int32_t *expert = (const int32_t *)(a.messages + r * a.message_bytes + a.expert_at);
-  int32_t e = expert[slot - r * a.rank_slots];
+  int32_t e = *ms_group_choice(a, slot);
   return (uint32_t)e < (uint32_t)a.E ? e : -1;
+}
+
+__device__ __forceinline__ ms_cuda_turns ms_group_turns(const ms_group_args &a, int32_t e) {
+  ms_cuda_turns turns = a.turns[e];
+#ifdef MS_PLANT_40 // every copy computes all slots
+  if (turns.first != MS_CUDA_NO_TURN) turns = ms_cuda_turns{0, 1};
+#endif
+  return turns;
+}
+
+// How many of an expert's slots this rank computes.
+__device__ __forceinline__ int32_t ms_group_own(const ms_group_args &a, int32_t e, int32_t count) {
+  if (!a.turns || !count) return count;
+  ms_cuda_turns turns = ms_group_turns(a, e);
+#ifdef MS_PLANT_41 // the last one is forgotten, unless the copies have equally many
+  return count > turns.first ? (count - turns.first) / turns.step : 0;
+#endif
+  return count > turns.first ? (count - turns.first - 1) / turns.step + 1 : 0;
+}
+
+// Put the slot that is number `index` of expert e's, whose rows begin at `first`, where it belongs.
+__device__ __forceinline__ void ms_group_put(const ms_group_args &a, int32_t first, int32_t e, int32_t index,
+                                             int32_t slot) {
+  if (a.turns) {
+    ms_cuda_turns turns = ms_group_turns(a, e);
+    index -= turns.first;
+    if (index < 0 || index % turns.step) {
+#ifndef MS_PLANT_42 // combine adds what another rank computes
+      *ms_group_choice(a, slot) = -1;
+#endif
+      return;
+    }
+    index /= turns.step;
+  }
+  a.order[first + index] = slot;
 }
 
 // Walk one chunk, all lanes of a warp: 32 slots a step. Lanes with the same expert find each other; the first of them
@@ -88,7 +133,7 @@ __device__ __forceinline__ void ms_group_walk(const ms_group_args &a, uint16_t *
 #endif
     if (PLACE) {
       first = __shfl_sync(0xffffffffu, first, leader);
-      if (e >= 0) a.order[offset[e] + first + __popc(same & ((1u << lane) - 1))] = slot;
+      if (e >= 0) ms_group_put(a, offset[e], e, first + __popc(same & ((1u << lane) - 1)), slot);
     }
   }
 }
@@ -196,15 +241,23 @@ __device__ __forceinline__ int32_t ms_group_sum(uint16_t *counters, int32_t E, i
   return before;
 }
 
-// Sums over chunks; offset and tiles_before; the verdict on the headers. There is a barrier between the last of these
-// sums and the return.
+// The verdict on the headers; sums over chunks; offset and tiles_before. There is a barrier before the first of these
+// sums, and one between the last and the return.
 __device__ __forceinline__ void ms_group_scan(const ms_group_args &a, uint16_t *counters, int32_t *offset,
                                               int32_t *tiles_before) {
   __shared__ int32_t scratch[MS_GROUP_WARPS];
-  int32_t rows = 0, tiles = 0; // of the experts before
+  int32_t rows = 0, tiles = 0;            // of the experts before
+  const bool agree = ms_headers_agree(a); // a barrier: all has been counted
+#ifdef MS_PLANT_20 // calls with a fault are counted
+  const bool counted = true;
+#else
+  const bool counted = agree;
+#endif
   for (int32_t base = 0; base < a.E; base += MS_GROUP_THREADS) {
     int32_t e = base + threadIdx.x, all_rows, all_tiles;
     int32_t count = e < a.E ? ms_group_sum(counters + e, a.E, a.chunks) : 0;
+    if (counted) ms_group_see(a, e, count);
+    count = ms_group_own(a, e, count);
     int32_t row = rows + ms_block_exclusive(count, scratch, &all_rows);
     int32_t tile = tiles + ms_block_exclusive((count + a.tile_rows - 1) / a.tile_rows, scratch, &all_tiles);
     if (e < a.E) {
@@ -218,18 +271,15 @@ __device__ __forceinline__ void ms_group_scan(const ms_group_args &a, uint16_t *
     offset[a.E] = rows;
     tiles_before[a.E] = tiles;
   }
-  bool agree = ms_headers_agree(a); // a barrier: offset has been written
-#ifdef MS_PLANT_20 // calls with a fault are counted
-  bool count = true;
-#else
-  bool count = agree;
-#endif
-  for (int32_t e = threadIdx.x; count && e < a.E; e += MS_GROUP_THREADS) ms_group_see(a, e, offset[e + 1] - offset[e]);
   ms_group_judge(a, agree, tiles);
+#ifndef MS_PLANT_12 // offset may be read before it is written
+  __syncthreads();
+#endif
 }
 
 // All in one block; a chunk for each warp. Dynamic shared memory: ms_group_small_bytes.
-__global__ void __launch_bounds__(MS_GROUP_THREADS) ms_group_small(const ms_group_args a) {
+// (Its 1: else ptxas saves registers for two blocks, and spills.)
+__global__ void __launch_bounds__(MS_GROUP_THREADS, 1) ms_group_small(const ms_group_args a) {
   extern __shared__ int32_t ms_group_shared[];
   int32_t *offset = ms_group_shared, *tiles_before = offset + a.E + 1;
   uint16_t *counters = (uint16_t *)(tiles_before + a.E + 1); // [chunks][E]
@@ -237,9 +287,6 @@ __global__ void __launch_bounds__(MS_GROUP_THREADS) ms_group_small(const ms_grou
   for (int32_t i = threadIdx.x; i < a.E * a.chunks; i += MS_GROUP_THREADS) counters[i] = 0;
   __syncthreads();
   if (warp < a.chunks) ms_group_walk<false>(a, counters, offset, warp);
-#ifndef MS_PLANT_12 // counters may be added up before all is counted
-  __syncthreads();
-#endif
   ms_group_scan(a, counters, offset, tiles_before);
   if (warp < a.chunks) ms_group_walk<true>(a, counters, offset, warp);
   for (int32_t i = threadIdx.x; i < tiles_before[a.E]; i += MS_GROUP_THREADS) ms_group_tile(a, offset, tiles_before, i);
@@ -279,10 +326,10 @@ __device__ __forceinline__ void ms_group_count(const ms_group_args &a, uint16_t 
   for (int32_t e = threadIdx.x; e < a.E; e += MS_GROUP_THREADS) a.counters[(int64_t)e * a.chunks + chunk] = counters[e];
 }
 
-// Running sums over one share: counters of its experts, chunk by chunk, then tiles.
+// Running sums over one share: counters of its experts, chunk by chunk; then tiles, and with turns this rank's rows.
 __device__ __forceinline__ void ms_group_share(const ms_group_args &a, int32_t share, bool agree, int32_t *scratch) {
   int32_t first = share << a.share_bits, last = first + (1 << a.share_bits) < a.E ? first + (1 << a.share_bits) : a.E;
-  int32_t rows = 0, tiles = 0;
+  int32_t rows = 0, tiles = 0, own = 0;
   for (int64_t base = (int64_t)first * a.chunks; base < (int64_t)last * a.chunks; base += MS_GROUP_THREADS) {
     int64_t i = base + threadIdx.x;
     bool there = i < (int64_t)last * a.chunks;
@@ -297,13 +344,18 @@ __device__ __forceinline__ void ms_group_share(const ms_group_args &a, int32_t s
       const int32_t *counters = a.counters + (int64_t)e * a.chunks;
       count = (e + 1 < last ? counters[a.chunks] : rows) - counters[0];
     }
+    if (agree) ms_group_see(a, e, count);
+    count = ms_group_own(a, e, count);
     int32_t before = tiles + ms_block_exclusive((count + a.tile_rows - 1) / a.tile_rows, scratch, &all);
     if (e < last) a.tiles_before[e] = before;
-    if (agree) ms_group_see(a, e, count);
     tiles += all;
+    if (!a.turns) continue;
+    before = own + ms_block_exclusive(count, scratch, &all);
+    if (e < last) a.own_before[e] = before;
+    own += all;
   }
   if (threadIdx.x == 0) {
-    a.share_rows[share] = rows;
+    a.share_rows[share] = a.turns ? own : rows;
     a.share_tiles[share] = tiles;
   }
 }
@@ -348,9 +400,14 @@ __global__ void __launch_bounds__(MS_GROUP_THREADS, 2) ms_group_large(const ms_g
   __syncthreads();
   for (int32_t chunk = blockIdx.x; chunk < a.chunks; chunk += gridDim.x)
     for (int32_t slot = chunk * a.chunk_slots + threadIdx.x; slot < ms_chunk_end(a, chunk); slot += MS_GROUP_THREADS)
-      if (int32_t e = ms_group_expert(a, slot); e >= 0)
-        a.order[rows_before[e >> a.share_bits] + a.counters[(int64_t)e * a.chunks + chunk] + a.rank[slot]] = slot;
-  ms_group_sums row{a, rows_before, a.counters, a.chunks}, tile{a, tiles_before, a.tiles_before, 1};
+      if (int32_t e = ms_group_expert(a, slot); e >= 0) {
+        const int32_t *counters = a.counters + (int64_t)e * a.chunks;
+        int32_t first = rows_before[e >> a.share_bits], index = counters[chunk] + a.rank[slot];
+        if (a.turns) first += a.own_before[e], index -= counters[0];
+        ms_group_put(a, first, e, index, slot);
+      }
+  ms_group_sums row{a, rows_before, a.turns ? a.own_before : a.counters, a.turns ? 1 : a.chunks};
+  ms_group_sums tile{a, tiles_before, a.tiles_before, 1};
   int32_t thread = blockIdx.x * MS_GROUP_THREADS + threadIdx.x, threads = gridDim.x * MS_GROUP_THREADS;
   for (int32_t i = thread; i < tiles_before[a.shares]; i += threads) ms_group_tile(a, row, tile, i);
   for (int32_t e = thread; e <= a.E; e += threads) a.offset[e] = row[e];

@@ -73,6 +73,11 @@ class PackedExperts:
     def has_b_out(self) -> bool: ...
 
 @final
+class Layout:
+    def __new__(cls, copies: ArrayLike, copy: ArrayLike, device: int) -> Self: ...  # [E] both
+    def own(self, counts: ArrayLike, /) -> NDArray[np.int64]: ...  # [E]: slots of a chunk that this rank computes
+
+@final
 class Engine:
     def __new__(cls, device: int, exchange: NcclExchange | None = None, *, chunks: int = 1) -> Self: ...
     def forward(
@@ -87,6 +92,7 @@ class Engine:
         layer: int = 0,
         replicated: bool = False,
         tf32: bool = False,
+        layout: Layout | None = None,
     ) -> None: ...
     def faults(self) -> None: ...
     def start_recording(self) -> None: ...

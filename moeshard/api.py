@@ -18,7 +18,7 @@ from .adapters import Adapter, Capacity, find_adapter, looks_like_moe
 from .experts import ExpertWeights, Sizes, storage_name
 from .group import Group, init
 from .interrupts import interrupts_put_off
-from .layer import ShardedExperts, check_copies, is_replicated
+from .layer import ShardedExperts, is_replicated
 from .padding import Padding, counts_over_sequences, has_capacity, readers
 from .placement import Placement
 from .planner.results import ModelPlan
@@ -295,7 +295,6 @@ def _site(
         weights = adapter.weights(block)
         sizes = weights.sizes()
         table = plan_for(plan, group.size, sizes.num_experts, sizes.d_ff, name)
-        check_copies(table, sizes.device_type)
     except _core.MoeshardError as error:
         raise type(error)(f"{where}: {error}") from error
     return Site(

@@ -149,6 +149,7 @@ class CudaEngine:
         *,
         layer: int,
         replicated: bool = False,
+        layout: _cuda.Layout | None = None,
     ) -> None:
         """Enqueue a layer on the current stream, within ``group.call()`` and after :meth:`checking`. Collective.
 
@@ -161,6 +162,7 @@ class CudaEngine:
                 call, it becomes NaN on every rank, and a later call raises.
             layer: the layer's number, the same on all ranks.
             replicated: all ranks hold the same tokens.
+            layout: which slots this rank computes, of the same table on all ranks. ``None``: something of each.
 
         Raises:
             ArgumentError: more tokens than :meth:`moeshard.Group.reserve` was told.
@@ -180,7 +182,9 @@ class CudaEngine:
                 rows = [tensor[:0] for tensor in rows]
             if room and self._engine is not None:
                 with self._leaving_if_it_fails():
-                    self._engine.forward(experts, *rows, capacity=room, layer=layer, replicated=replicated)
+                    self._engine.forward(
+                        experts, *rows, capacity=room, layer=layer, replicated=replicated, layout=layout
+                    )
         if tokens > room:
             raise _core.ArgumentError(
                 f"hidden_states: {tokens} tokens, but the ranks have reserved room for {room} each: "

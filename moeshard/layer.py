@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from . import _core, torch_op
+from .cuda import extension
 from .experts import ExpertWeights, PackedColumns, Stack, storage_name
 from .functional import without_grad
 from .group import Group, init
@@ -47,11 +48,12 @@ class ShardedExperts(nn.Module):
 
     Raises:
         ShapeError: the plan has another number of ranks than the group.
-        ArgumentError: packed columns that are not those of the plan; on CUDA, a plan with copies.
+        ArgumentError: packed columns that are not those of the plan.
         CommError: on CUDA, for the group's first layer: the ranks could not meet through NCCL.
 
     Attributes:
         layout: the plan made ready for this rank: which slots it computes.
+        shares: the same on the CUDA device. ``None`` on CPUs, and where it computes something of every slot.
         device: where the experts are and tokens are expected.
         slots: (token, choice) pairs seen so far, over all ranks. On CUDA they are counted on the device: reading this
             or ``counts`` waits for it.
@@ -84,9 +86,11 @@ class ShardedExperts(nn.Module):
         self.interleaved = False
         self._users: weakref.WeakSet[ShardedExperts] = weakref.WeakSet([self])  # of the packed weights
         self.device = torch.device("cpu")
+        self.shares: _cuda.Layout | None = None
         if not isinstance(packed, _core.PackedExperts):
-            check_copies(plan, "cuda")
             self.device = torch.device("cuda", group.engine(packed.device).device)
+            if self.layout.sparse:
+                self.shares = extension().Layout(plan.copies, self.layout.copy_of[group.rank], packed.device)
 
     @classmethod
     def from_weights(
@@ -116,7 +120,7 @@ class ShardedExperts(nn.Module):
             gated: ``y = act(x W_gate^T) * (x W_up^T)``.
             dtype: storage of the packed weights, as in :func:`moeshard.shard`. ``None``: as ``w_in``.
             plan: the layout; ``"auto"`` is ``"shard"``. Any :class:`moeshard.Plan` of these sizes runs, also one with
-                copies of experts (not on CUDA); see ``docs/layouts.md``.
+                copies of experts; see ``docs/layouts.md``.
             group: the ranks. ``None``: :func:`moeshard.init`.
             tokens: ``"local"``: each rank calls the layer with its own tokens; ``"replicated"``: all with the same.
 
@@ -140,7 +144,6 @@ class ShardedExperts(nn.Module):
             weights = ExpertWeights(w_in, w_out, b_in, b_out, activation, gated)
             sizes = weights.sizes()
             table = plan_for(plan, group.size, sizes.num_experts, sizes.d_ff)
-            check_copies(table, sizes.device_type)
             storage = sizes.dtype if dtype is None else storage_name(dtype)
         group.agree(
             {
@@ -208,7 +211,10 @@ class ShardedExperts(nn.Module):
             with engine.checking():
                 hidden, index, weights = self._rows(*inputs)
                 out = torch.empty_like(hidden)
-            engine.forward(packed, hidden, index, weights, out, layer=self.layer, replicated=self.replicated)
+            engine.forward(
+                packed, hidden, index, weights, out,
+                layer=self.layer, replicated=self.replicated, layout=self.shares,
+            )  # fmt: skip
         return out
 
     def _on_cpu(self, packed: _core.PackedExperts, *inputs: torch.Tensor) -> torch.Tensor:
@@ -322,7 +328,7 @@ class ShardedExperts(nn.Module):
         """Copy everything but the packed weights, which both compute with."""
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
-        shared = ("packed", "plan", "layout", "group", "on_step", "_users")
+        shared = ("packed", "plan", "layout", "shares", "group", "on_step", "_users")
         for name, value in self.__dict__.items():
             clone.__dict__[name] = value if name in shared else copy.deepcopy(value, memo)
         clone.number = torch_op.register(clone)
@@ -355,14 +361,6 @@ def sharded_layers(model: nn.Module) -> list[tuple[str, ShardedExperts]]:
     if not layers:
         raise _core.ArgumentError("model: it is not sharded, call moeshard.shard(model) first")
     return layers
-
-
-def check_copies(plan: Plan, device: str) -> None:
-    """Raise ArgumentError for a plan with replicated or pruned experts on CUDA, whose kernels know no copies."""
-    if device != "cpu" and (plan.copies != 1).any():
-        raise _core.ArgumentError(
-            f"plan: on CUDA each column must be held once, got copies of {sorted(set(plan.copies.tolist()))}"
-        )
 
 
 def _layout_of(packed: PackedColumns, plan: Plan, group: Group) -> _core.Layout:

@@ -410,6 +410,11 @@ class _Recorder:
         read = _Read(tokens_read, others * choices, partials_read)
         return self.call(self._block, self._stamps, tokens, read, batch.dtype, batch.counts(True))
 
+    def own(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """On CUDA: which of the slots that experts got this rank computed."""
+        shares = self._layer.shares
+        return counts if shares is None else shares.own(counts)
+
     def call(
         self,
         block: int | None,
@@ -462,7 +467,8 @@ class _DeviceRecorder:
             others = int(call.seen[-1]) // max(call.choices, 1) - call.tokens
             # Every rank gathers all tokens, whatever the table, and every rank's partial outputs are summed.
             read = _Read(others, others * call.choices, (recorder.ranks - 1) * call.tokens)
-            self._calls.append(recorder.call(block, stamps, call.tokens, read, call.dtype, call.seen[:-1]))
+            counts = recorder.own(call.seen[:-1])
+            self._calls.append(recorder.call(block, stamps, call.tokens, read, call.dtype, counts))
 
 
 def _measured(device: torch.device) -> Limits:

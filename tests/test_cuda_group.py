@@ -32,7 +32,7 @@ class Engine:
         self.calls = []
         self.fails = None
 
-    def forward(self, experts, hidden, index, weights, out, *, capacity, layer, replicated=False):
+    def forward(self, experts, hidden, index, weights, out, *, capacity, layer, replicated=False, layout=None):
         if self.fails is not None and not isinstance(self.fails, _core.RangeError):
             raise self.fails
         assert len(hidden) == len(index) == len(weights) == len(out) <= capacity

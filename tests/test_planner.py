@@ -117,7 +117,7 @@ def test_auto_is_never_slower_than_any_family_by_more_than_its_margin():
 def test_cuda_engines_get_no_copies():
     found = moeshard.plan(LAYER, ranks=4, tokens=500, histogram="0.9:0.07", devices="h100")
     assert all(other.kind != "hot_copied" for other in found.layers[0].alternatives)
-    with pytest.raises(moeshard.ArgumentError, match="h100 does not run copies"):
+    with pytest.raises(moeshard.ArgumentError, match="no copies of experts are planned for .*h100"):
         moeshard.plan(LAYER, ranks=4, tokens=500, devices="h100", layout="hot_copied")
     simulated = simulate(LAYER, ranks=4, tokens=500, histogram="0.9:0.07", devices="h100", disorder=Disorder(steps=2))
     assert all("copy" not in run.layout for run in simulated.runs)

@@ -14,12 +14,17 @@ typedef struct cuda_experts_object {
   ms_cuda_experts *experts;
 } cuda_experts_object;
 
+typedef struct cuda_layout_object {
+  PyObject_HEAD ms_cuda_layout *layout;
+} cuda_layout_object;
+
 typedef struct cuda_exchange_object {
   PyObject_HEAD ms_cuda_exchange *exchange; // NULL once closed
 } cuda_exchange_object;
 
 // Each room adds its types and functions. 0, or -1 with an exception set.
 int cuda_add_experts(PyObject *module, core_state *state);
+int cuda_add_layout(PyObject *module, core_state *state);
 int cuda_add_exchange(PyObject *module, core_state *state);
 int cuda_add_engine(PyObject *module, core_state *state);
 

@@ -70,7 +70,7 @@ static void engine_dealloc(PyObject *object) {
 PyDoc_STRVAR(
     forward_doc,
     "forward($self, /, experts, hidden_states, top_k_index, top_k_weights, out, *, capacity=None, "
-    "layer=0, replicated=False, tf32=False)\n--\n\n"
+    "layer=0, replicated=False, tf32=False, layout=None)\n--\n\n"
     "Enqueue a whole layer, and return without waiting for it.\n\n"
     "It runs on the stream on which the library of hidden_states works now (torch's current "
     "stream); on the legacy\n"
@@ -90,7 +90,9 @@ PyDoc_STRVAR(
     "    layer: which layer this is; ranks check that they agree.\n"
     "    replicated: all ranks hold the same tokens; out is the sum over the ranks, on all of "
     "them.\n"
-    "    tf32: multiply float32 matrices on tensor cores, with 10 bits of mantissa.\n\n"
+    "    tf32: multiply float32 matrices on tensor cores, with 10 bits of mantissa.\n"
+    "    layout: the Layout of this rank, of the same table on all. None: every rank holds columns "
+    "of every expert, once.\n\n"
     "Raises:\n"
     "    ShapeError, DTypeError, ArgumentError: a bad argument.\n"
     "    RangeError: an index outside -1..E-1 or a weight that is not finite, in an earlier call: "
@@ -99,19 +101,22 @@ PyDoc_STRVAR(
     "    CudaError, CommError: a call of the CUDA runtime or of NCCL failed.\n");
 
 static PyObject *engine_forward(PyObject *object, PyObject *args, PyObject *kwargs) {
-  static char *names[] = {"experts",  "hidden_states", "top_k_index", "top_k_weights", "out",
-                          "capacity", "layer",         "replicated",  "tf32",          NULL};
+  static char *names[] = {"experts", "hidden_states", "top_k_index", "top_k_weights",
+                          "out",     "capacity",      "layer",       "replicated",
+                          "tf32",    "layout",        NULL};
   engine_object *self = as_engine(object);
   core_state *state = core_state_of(object);
-  PyObject *experts = NULL, *tensors[4] = {NULL}, *room = Py_None;
+  PyObject *experts = NULL, *tensors[4] = {NULL}, *room = Py_None, *layout = Py_None;
   long long layer = 0;
   int replicated = 0, tf32 = 0;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOO|$OLpp:forward", names, &experts,
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOO|$OLppO:forward", names, &experts,
                                    &tensors[0], &tensors[1], &tensors[2], &tensors[3], &room,
-                                   &layer, &replicated, &tf32))
+                                   &layer, &replicated, &tf32, &layout))
     return NULL;
   if (!Py_IS_TYPE(experts, state->experts_type))
     return core_fail(state, MS_EDTYPE, "experts: expected a moeshard._cuda.PackedExperts");
+  if (layout != Py_None && !Py_IS_TYPE(layout, state->layout_type))
+    return core_fail(state, MS_EDTYPE, "layout: expected a moeshard._cuda.Layout or None");
   if (tensors[3] == Py_None)
     return core_fail(state, MS_EDTYPE, "out: got None, expected a tensor like hidden_states");
   long long capacity = room == Py_None ? -1 : PyLong_AsLongLong(room);
@@ -136,7 +141,8 @@ static PyObject *engine_forward(PyObject *object, PyObject *args, PyObject *kwar
                        .K = (int32_t)v.index.shape[1],
                        .layer = layer,
                        .replicated = replicated,
-                       .tf32 = tf32};
+                       .tf32 = tf32,
+                       .layout = layout == Py_None ? NULL : ((cuda_layout_object *)layout)->layout};
   if (v.hidden.shape[1] != packed->spec.D) {
     core_fail(state, MS_ESHAPE,
               "hidden_states: got [T=%lld, D=%lld], expected D=%lld as the experts",

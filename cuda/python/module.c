@@ -1,6 +1,7 @@
 // module.c - the _cuda extension: its state, and what is in it. A room a file:
 //
 //   experts.c   PackedExperts: this rank's columns on a device
+//   layout.c    Layout: this rank's share of each expert's slots
 //   exchange.c  NcclExchange: how devices reach each other
 //   engine.c    Engine: a layer on the caller's stream
 //
@@ -84,6 +85,7 @@ static int module_exec(PyObject *module) {
   if (core_state_init(state)) return -1;
   if (adopt_errors(state)) return -1;
   if (cuda_add_experts(module, state)) return -1;
+  if (cuda_add_layout(module, state)) return -1;
   if (cuda_add_exchange(module, state)) return -1;
   if (cuda_add_engine(module, state)) return -1;
   if (PyModule_AddFunctions(module, functions)) return -1;

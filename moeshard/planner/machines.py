@@ -96,7 +96,7 @@ class Machine:
             devices are whole accelerators.
         host_bandwidth: bytes per second that all ranks of a host read together; infinite: each has its own memory.
         ranks_per_host: ``None``: all on one host.
-        copies: whether the engine runs tables with several copies of an expert.
+        copies: whether tables with several copies of an expert are planned.
         source: where the numbers of the engine and the links are from.
     """
 

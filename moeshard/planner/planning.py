@@ -213,7 +213,7 @@ def _plan_layer(
         return columns, copies, others, others[chosen], proven
 
     if layout == "hot_copied" and not ranks_of.copies:
-        raise _core.ArgumentError(f"layout: the engine on {ranks_of.name} does not run copies of experts")
+        raise _core.ArgumentError(f"layout: no copies of experts are planned for {ranks_of.name}")
     every = ALL if ranks_of.copies else ALL & ~COPIED
     if layout == "auto":
         columns, copies, others, taken, proven = search(every)

@@ -132,16 +132,17 @@ struct layer {
   bool gated = false, biased = false, ragged = false;
   int32_t R = 1, chunks = 1;
   bool replicated = false, tf32 = false;
+  bool copied = false; // experts with copies, without, on one rank, pruned: columns_of
 };
 
 std::string name_of(const layer &l) {
   static const char *const routes[] = {"even", "skewed", "one expert", "holes", "no expert"};
   static const char *const activations[] = {"identity", "relu", "gelu", "gelu_tanh", "silu", "clamped_swiglu"};
   char text[200];
-  snprintf(text, sizeof text, "%s T=%d D=%d F=%d K=%d E=%d %s %s%s%s%s R=%d chunks=%d%s",
+  snprintf(text, sizeof text, "%s T=%d D=%d F=%d K=%d E=%d %s %s%s%s%s R=%d chunks=%d%s%s",
            l.tf32 ? "tf32" : ms_dtype_name(l.dtype), l.T, l.D, l.F, l.K, l.E, routes[l.route],
            activations[l.activation], l.gated ? " gated" : "", l.biased ? " biased" : "", l.ragged ? " ragged" : "", l.R,
-           l.chunks, l.replicated ? " replicated" : "");
+           l.chunks, l.replicated ? " replicated" : "", l.copied ? " copied" : "");
   return text;
 }
 
@@ -174,13 +175,55 @@ int64_t start_of(const layer &l, int32_t e, int32_t r) { // near-equal slices; r
   return r == 0 ? 0 : r == l.R ? l.F : std::min<int64_t>(l.F, (int64_t)l.F * r / l.R + (e * 13) % (l.F / l.R + 1));
 }
 
+// The columns [start, stop) that rank r holds. Copied tables, by expert: whole on every rank; whole on one; cut over
+// all; twice, on the first rank and the last or (4 ranks) cut over two pairs; pruned.
+struct columns {
+  int64_t start, stop;
+};
+columns columns_of(const layer &l, int32_t e, int32_t r) {
+  columns cut = {start_of(l, e, r), start_of(l, e, r + 1)}, whole = {0, l.F}, none = {0, 0};
+  if (!l.copied || e % 5 == 2) return cut;
+  int64_t inner = l.F / (2 + r / 2); // other pairs cut elsewhere
+  switch (e % 5) {
+  case 0: return whole;
+  case 1: return r == e % l.R ? whole : none;
+  case 3: return l.R == 4 ? (r % 2 ? columns{inner, l.F} : columns{0, inner}) : r == 0 || r == l.R - 1 ? whole : none;
+  default: return none;
+  }
+}
+int32_t copies_of(const layer &l, int32_t e) {
+  return !l.copied ? 1 : e % 5 == 0 ? l.R : e % 5 == 3 ? std::min(2, l.R) : e % 5 != 4;
+}
+
+// What the CPU's layout makes of that table; NULL for one without copies.
+ms_cuda_layout *layout_of(const layer &l, int32_t rank) {
+  if (!l.copied) return nullptr;
+  ms_error err = {};
+  std::vector<int64_t> table;
+  std::vector<int32_t> copies, copy;
+  for (int32_t r = 0; r < l.R; r++)
+    for (int32_t e = 0; e < l.E; e++) {
+      columns c = columns_of(l, e, r);
+      table.push_back(c.start), table.push_back(c.stop);
+    }
+  for (int32_t e = 0; e < l.E; e++) copies.push_back(copies_of(l, e));
+  ms_plan plan = {l.R, l.E, l.F, table.data(), copies.data()};
+  ms_layout *layout = nullptr;
+  MUST_OK(ms_layout_create(&plan, rank, &layout, &err));
+  for (int32_t e = 0; e < l.E; e++) copy.push_back(ms_layout_copy_of(layout, rank, e));
+  ms_layout_free(layout);
+  ms_cuda_layout *shares = nullptr;
+  MUST_OK(ms_cuda_layout_create(l.E, copies.data(), copy.data(), 0, &shares, &err));
+  return shares;
+}
+
 ms_cuda_experts *packed(const model &m, int32_t rank, bool transposed, bool from_device, bool interleaved = false) {
   const layer &l = m.l;
   ms_error err = {};
   std::vector<int64_t> columns;
   for (int32_t e = 0; e < l.E; e++) {
-    columns.push_back(start_of(l, e, rank));
-    columns.push_back(start_of(l, e, rank + 1));
+    columns.push_back(columns_of(l, e, rank).start);
+    columns.push_back(columns_of(l, e, rank).stop);
   }
   ms_experts_spec spec = {};
   spec.E = l.E, spec.D = l.D, spec.F = l.F, spec.storage = l.dtype, spec.activation = l.activation;
@@ -252,8 +295,9 @@ struct batch {
     MUST(cudaMemset(d_out, 0xff, (size_t)bytes()));
     MUST(cudaDeviceSynchronize());
   }
-  ms_cuda_call call(int64_t capacity) const {
+  ms_cuda_call call(int64_t capacity, const ms_cuda_layout *layout = nullptr) const {
     ms_cuda_call c = {};
+    c.layout = layout;
     c.hidden = d_hidden, c.index = d_index, c.weight = d_weight, c.out = d_out;
     if (tokens == 0) c.hidden = c.index = c.weight = c.out = nullptr;
     c.dtype = l.dtype, c.index_dtype = MS_I64, c.weight_dtype = MS_F32;
@@ -377,8 +421,9 @@ ranks_of_test::ranks_of_test(int32_t R) : meet(R) {
   }
 }
 
-// `body(rank, engine, experts, stream)` on a thread for each rank.
-using rank_body = std::function<void(int32_t, ms_cuda_engine *, ms_cuda_experts *, cudaStream_t)>;
+// `body(rank, engine, experts, layout, stream)` on a thread for each rank.
+using rank_body =
+    std::function<void(int32_t, ms_cuda_engine *, ms_cuda_experts *, const ms_cuda_layout *, cudaStream_t)>;
 void on_ranks(const model &m, const rank_body &body) {
   ranks_of_test ranks(m.l.R);
   std::vector<std::thread> threads;
@@ -387,15 +432,17 @@ void on_ranks(const model &m, const rank_body &body) {
       ms_error err = {};
       ms_cuda_engine *engine = nullptr;
       ms_cuda_experts *experts = packed(m, r, false, false);
+      ms_cuda_layout *layout = layout_of(m.l, r);
       cudaStream_t stream;
       MUST(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
       MUST_OK(ms_cuda_engine_create(m.l.R > 1 ? &ranks.each[(size_t)r]->base : nullptr, 0, m.l.chunks, &engine, &err));
-      body(r, engine, experts, stream);
+      body(r, engine, experts, layout, stream);
       ranks.meet.wait(); // nothing is freed that another rank may still read
       MUST(cudaDeviceSynchronize());
       ranks.meet.wait();
       ms_cuda_engine_free(engine);
       ms_cuda_experts_free(experts);
+      ms_cuda_layout_free(layout);
       MUST(cudaStreamDestroy(stream));
     });
   for (auto &thread : threads) thread.join();

@@ -93,5 +93,10 @@ while read -r line; do [[ $only == "  " || $only == *" ${line%% *} "* ]] && prin
 27 cuda/step4_ffn.cu test_ffn "16 rows, many steps" "1 2"
 28 cuda/step4_ffn.cu test_ffn "fma" "1 2"
 29 cuda/step4_ffn.cu test_engine infinite "1"
+40 cuda/step3_group.cu test_steps copied "1"
+40 cuda/step3_group.cu test_engine "R=3 chunks=1 copied" "1"
+41 cuda/step3_group.cu test_steps copied "1"
+42 cuda/step3_group.cu test_steps copied "1"
+42 cuda/step3_group.cu test_engine "R=3 chunks=1 copied" "1"
 LIST
   xargs -0 -P "$jobs" -I{} bash -c 'plant {}'

@@ -111,11 +111,50 @@ def test_unpack_returns_what_was_packed_bit_for_bit(_cuda, simdev, place):
         pytest.param(lambda s: {"capacity": T - 1}, moeshard.ArgumentError, "capacity: got 4, expected at least T=5",
                      id="capacity"),
         pytest.param(lambda s: {"experts": 7}, moeshard.DTypeError, "experts: expected", id="experts"),
+        pytest.param(lambda s: {"layout": 7}, moeshard.DTypeError, "layout: expected", id="layout"),
+        pytest.param(lambda s: {"layout": cuda.extension().Layout([1] * 5, [0] * 5, 0)}, moeshard.ArgumentError,
+                     "layout: it has 5 experts on device 0, expected 3 on device 0", id="layout-of-others"),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_named(_cuda, packed, call, simdev, change, error, message):
     with pytest.raises(error, match=message):
         _cuda.Engine(0).forward(**{"experts": packed, **call, **change(simdev)})
+
+
+@pytest.mark.parametrize(
+    ("copies", "copy", "error", "message"),
+    [
+        pytest.param([2, 1], [2, 0], moeshard.ArgumentError, "copy 2 of the 2 of expert 0", id="copy"),
+        pytest.param([2, 1], [0, -2], moeshard.ArgumentError, "copy -2 of the 1 of expert 1", id="negative"),
+        pytest.param([1, -1], [0, -1], moeshard.ArgumentError, "the -1 of expert 1", id="copies"),
+        pytest.param([1, 1], [0], moeshard.ShapeError, r"copy: got \[1\], expected \[E=2\]", id="shape"),
+        pytest.param([1, 1], [0, 0.5], moeshard.DTypeError, "copy", id="dtype"),
+        pytest.param(np.zeros(0, int), np.zeros(0, int), moeshard.ArgumentError, "0 experts", id="empty"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_named(_cuda, copies, copy, error, message):
+    with pytest.raises(error, match=message):
+        _cuda.Layout(copies, copy, 0)
+
+
+def test_a_pruned_expert_adds_nothing_on_one_rank_too(_cuda, packed, call, simdev):
+    index = np.array([[0, 1], [1, 1], [-1, 2], [-1, -1], [1, 0]], np.int32)
+    call["top_k_index"] = simdev.to_device(index)
+    _cuda.Engine(0).forward(packed, **call, layout=_cuda.Layout([1, 0, 1], [0, -1, 0], 0))
+    assert not call["out"].numpy().any() and packed.seen().tolist() == [2, 4, 1, 10]
+
+
+def test_experts_that_stand_in_for_those_of_a_checkpoint_are_checked_without_memory(_cuda, simdev):
+    """from_pretrained packs parameters whose rows are all the same one, into no columns."""
+    nothing = experts(_cuda, columns=np.zeros((E, 2), np.int64), b_in=True, b_out=True)
+
+    def rows(*shape):
+        return simdev.empty(shape[-1:], "bfloat16").view(shape, (0,) * (len(shape) - 1) + (1,))
+
+    for e in range(E):
+        nothing.pack(e, rows(F, D), rows(D, F), rows(F), rows(D))
+    with pytest.raises(moeshard.ShapeError, match="w_out"):
+        nothing.pack(0, rows(F, D), rows(D + 1, F), rows(F), rows(D))
 
 
 def test_out_may_not_overlap_hidden_states(_cuda, packed, call):

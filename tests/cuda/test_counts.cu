@@ -40,7 +40,7 @@ ms_cuda_experts *empty_experts(const layer &l, int32_t rank) { // zeros: only wh
   ms_error err = {};
   std::vector<int64_t> columns;
   for (int32_t e = 0; e < l.E; e++)
-    columns.push_back(start_of(l, e, rank)), columns.push_back(start_of(l, e, rank + 1));
+    columns.push_back(columns_of(l, e, rank).start), columns.push_back(columns_of(l, e, rank).stop);
   ms_experts_spec spec = {};
   spec.E = l.E, spec.D = l.D, spec.F = l.F, spec.storage = l.dtype, spec.activation = l.activation;
   spec.columns = columns.data();
@@ -63,6 +63,7 @@ std::vector<tally> tallies(const layer &l, const std::vector<routing> &routes) {
       ranks.each[(size_t)r]->base.all_reduce = counted_reduce;
       ms_cuda_engine *engine = nullptr;
       ms_cuda_experts *experts = empty_experts(l, r);
+      ms_cuda_layout *layout = layout_of(l, r);
       cudaStream_t stream;
       MUST(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
       MUST_OK(ms_cuda_engine_create(l.R > 1 ? &ranks.each[(size_t)r]->base : nullptr, 0, l.chunks, &engine, &err));
@@ -70,7 +71,7 @@ std::vector<tally> tallies(const layer &l, const std::vector<routing> &routes) {
         layer routed = l;
         routed.route = routes[i == 0 ? 0 : i - 1];
         batch b(routed, l.T, l.replicated ? 8 : 8 + (uint64_t)r);
-        ms_cuda_call call = b.call(l.T);
+        ms_cuda_call call = b.call(l.T, layout);
         calls_so_far(true);
         collectives = 0;
         count_calls(1);
@@ -83,6 +84,7 @@ std::vector<tally> tallies(const layer &l, const std::vector<routing> &routes) {
       ranks.meet.wait(); // nothing is freed that another rank may still read
       ms_cuda_engine_free(engine);
       ms_cuda_experts_free(experts);
+      ms_cuda_layout_free(layout);
       MUST(cudaStreamDestroy(stream));
     });
   for (auto &thread : threads) thread.join();
@@ -94,6 +96,11 @@ void check(const layer &l) {
   std::vector<tally> found = tallies(l, routes);
   std::string wrong;
   const tally &first = found[0];
+  if (l.copied) {
+    layer without = l;
+    without.copied = false;
+    if (tallies(without, routes)[0].calls.launches != first.calls.launches) wrong = "copies of experts cost launches";
+  }
   const counted_calls &calls = first.calls;
   for (const tally &t : found) {
     if (t.calls.launches != calls.launches || t.calls.events != calls.events || t.collectives != first.collectives)
@@ -124,6 +131,8 @@ int main() {
   check({64, 32, 32, 2, 8, EVEN, MS_F32});
   check({64, 32, 32, 2, 8, EVEN, MS_BF16, MS_RELU, false, false, false, 2, 3});
   check({64, 32, 32, 2, 8, EVEN, MS_BF16, MS_RELU, false, false, false, 3, 1, true});
+  check({64, 32, 32, 2, 8, EVEN, MS_BF16, MS_RELU, false, false, false, 3, 1, false, false, true});
+  check({2100, 16, 16, 2, 8, EVEN, MS_BF16, MS_RELU, false, false, false, 2, 1, false, false, true});
   printf(failures ? "%d FAILED\n" : "all ok\n", failures);
   return failures != 0;
 }

@@ -2,8 +2,8 @@
 //
 //   nvcc -std=c++17 -O3 -cudart shared -gencode arch=compute_80,code=sm_80 -gencode arch=compute_80,code=compute_80
 //     [-gencode arch=compute_90a,code=sm_90a -gencode arch=compute_90a,code=compute_90a -DMS_CUDA_SM90]
-//     -o test_engine tests/cuda/test_engine.cu cuda/*.cu cuda/*.c csrc/base/error.c csrc/base/memory.c
-//     csrc/exchange/exchange.c csrc/step2_gather.c csrc/reference.c -lm
+//     -o test_engine tests/cuda/test_engine.cu cuda/*.cu cuda/*.c csrc/base/error.c csrc/base/memory.c csrc/layout.c
+//     csrc/plan/plan.c csrc/exchange/exchange.c csrc/step2_gather.c csrc/reference.c -lm
 //   test_engine [TEXT]        every case [whose line has TEXT], each line ok or FAIL; the exit code tells
 //   test_engine --repeat N    one layer N times: the same bits each time
 //   test_engine --time        microseconds of each step and of the layer, FLOP/s; a few tokens checked
@@ -24,6 +24,8 @@ double error_of(const model &m, const batch &b) {
   const layer &l = m.l;
   std::vector<double> expected((size_t)(b.tokens * l.D));
   std::vector<int32_t> index(b.index.begin(), b.index.end());
+  for (int32_t &e : index)
+    if (e >= 0 && copies_of(l, e) == 0) e = -1;
   ms_reference_layer(b.hidden.data(), index.data(), b.weight.data(), b.tokens, l.D, l.K, l.E, l.F, m.w_in.data(),
                      m.w_out.data(), l.biased ? m.b_in.data() : nullptr, l.biased ? m.b_out.data() : nullptr,
                      l.activation, l.gated, expected.data());
@@ -70,11 +72,12 @@ std::vector<int64_t> seen_after(const layer &l, uint64_t rounds) {
 std::string check_layer(const layer &l, std::string *more) {
   model m(l);
   std::vector<std::string> wrong((size_t)l.R), how((size_t)l.R);
-  on_ranks(m, [&](int32_t r, ms_cuda_engine *engine, ms_cuda_experts *experts, cudaStream_t stream) {
+  on_ranks(m, [&](int32_t r, ms_cuda_engine *engine, ms_cuda_experts *experts, const ms_cuda_layout *layout,
+                  cudaStream_t stream) {
     ms_error err = {};
     for (uint64_t round = 1; round <= 2; round++) {
       batch b(l, tokens_of(l, r), seed_of(l, round, r));
-      ms_cuda_call call = b.call(l.T);
+      ms_cuda_call call = b.call(l.T, layout);
       MUST_OK(ms_cuda_forward(engine, experts, &call, stream, &err));
       MUST_OK(ms_cuda_engine_faults(engine, &err));
       if (wrong[(size_t)r].empty()) wrong[(size_t)r] = too_far(m, b, &how[(size_t)r]);
@@ -97,19 +100,21 @@ struct one_rank {
   model m;
   ms_cuda_engine *engine = nullptr;
   ms_cuda_experts *experts;
+  ms_cuda_layout *layout;
   cudaStream_t stream;
   ms_error err = {};
-  explicit one_rank(const layer &l) : m(l), experts(packed(m, 0, false, true)) {
+  explicit one_rank(const layer &l) : m(l), experts(packed(m, 0, false, true)), layout(layout_of(l, 0)) {
     MUST(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     MUST_OK(ms_cuda_engine_create(nullptr, 0, 1, &engine, &err));
   }
   ~one_rank() {
     ms_cuda_engine_free(engine);
     ms_cuda_experts_free(experts);
+    ms_cuda_layout_free(layout);
     cudaStreamDestroy(stream);
   }
   std::vector<char> run(batch &b) {
-    ms_cuda_call call = b.call(b.tokens);
+    ms_cuda_call call = b.call(b.tokens, layout);
     MUST_OK(ms_cuda_forward(engine, experts, &call, stream, &err));
     MUST(cudaStreamSynchronize(stream));
     return b.out();
@@ -120,7 +125,7 @@ struct one_rank {
 std::string check_graph(const layer &l) {
   one_rank one(l);
   batch b(l, l.T, 1);
-  ms_cuda_call call = b.call(l.T);
+  ms_cuda_call call = b.call(l.T, one.layout);
   cudaGraph_t graph;
   cudaGraphExec_t exec;
   ms_error err = {};
@@ -199,10 +204,11 @@ std::string check_chunks(const layer &l) {
     layer cut = l;
     cut.chunks = chunks;
     model m(cut);
-    on_ranks(m, [&](int32_t r, ms_cuda_engine *engine, ms_cuda_experts *experts, cudaStream_t stream) {
+    on_ranks(m, [&](int32_t r, ms_cuda_engine *engine, ms_cuda_experts *experts, const ms_cuda_layout *layout,
+                  cudaStream_t stream) {
       ms_error err = {};
       batch b(l, tokens_of(l, r), seed_of(l, 1, r));
-      ms_cuda_call call = b.call(l.T);
+      ms_cuda_call call = b.call(l.T, layout);
       MUST_OK(ms_cuda_forward(engine, experts, &call, stream, &err));
       MUST_OK(ms_cuda_engine_faults(engine, &err));
       if (chunks == 1)
@@ -296,12 +302,13 @@ std::string check_faults_of_ranks(const layer &l) {
   model m(l);
   std::vector<std::string> said((size_t)l.R), again((size_t)l.R), disagreement((size_t)l.R);
   std::vector<ms_status> status((size_t)l.R);
-  on_ranks(m, [&](int32_t r, ms_cuda_engine *engine, ms_cuda_experts *experts, cudaStream_t stream) {
+  on_ranks(m, [&](int32_t r, ms_cuda_engine *engine, ms_cuda_experts *experts, const ms_cuda_layout *layout,
+                  cudaStream_t stream) {
     ms_error err = {};
     batch b(l, tokens_of(l, r), 8 + (uint64_t)r);
     if (r == 1) b.index[0] = l.E;
     b.upload();
-    ms_cuda_call call = b.call(l.T);
+    ms_cuda_call call = b.call(l.T, layout);
     MUST_OK(ms_cuda_forward(engine, experts, &call, stream, &err));
     status[(size_t)r] = ms_cuda_engine_faults(engine, &err);
     said[(size_t)r] = err.msg;
@@ -457,7 +464,7 @@ void time_layers() {
           MUST_OK(
               ms_cuda_gather_pack(&s, &v, &header, b.d_hidden, b.d_index, MS_I64, b.d_weight, MS_F32, stream, &err));
         });
-        double group = microseconds(stream, [&] { MUST_OK(ms_cuda_group(&s, &v, stream, &err)); });
+        double group = microseconds(stream, [&] { MUST_OK(ms_cuda_group(&s, &v, nullptr, stream, &err)); });
         double up = microseconds(stream, [&] { MUST_OK(ms_cuda_ffn_up(&s, &v, MS_RELU, stream, &err)); });
         double down = microseconds(stream, [&] { MUST_OK(ms_cuda_ffn_down(&s, &v, stream, &err)); });
         double combine =
@@ -491,7 +498,7 @@ void repeat(int count) {
   report("repeated: " + name_of(l), other ? std::to_string(other) + " of " + std::to_string(count) + " differ" : "");
 }
 
-// T, D, F, K, E, route, dtype, activation, gated, biased, ragged, R, chunks
+// T, D, F, K, E, route, dtype, activation, gated, biased, ragged, R, chunks, replicated, tf32, copied
 const layer layers[] = {
     {7, 32, 64, 1, 1, EVEN, MS_F32, MS_RELU},
     {33, 37, 41, 2, 3, HOLES, MS_F32, MS_GELU, false, true},
@@ -528,6 +535,16 @@ const layer layers[] = {
     {41, 37, 41, 1, 3, SKEWED, MS_BF16, MS_SILU, true, true, true, 3, 2, true},
     {20, 32, 64, 4, 3, EVEN, MS_F32, MS_RELU, false, true, true, 3, 1, true},
     {0, 32, 64, 1, 3, EVEN, MS_F16, MS_RELU, false, true, false, 2, 1, true},
+    // copies: each rank computes its share
+    {30, 32, 48, 2, 5, HOLES, MS_F32, MS_RELU, false, true, true, 2, 1, false, false, true},
+    {40, 64, 96, 1, 5, SKEWED, MS_BF16, MS_GELU, false, true, true, 3, 1, false, false, true},
+    {41, 37, 41, 2, 5, EVEN, MS_BF16, MS_SILU, true, true, false, 3, 1, false, false, true},
+    {33, 32, 41, 2, 5, EVEN, MS_F32, MS_RELU, false, true, false, 4, 1, false, false, true},
+    {60, 64, 96, 1, 10, EVEN, MS_BF16, MS_RELU, false, true, true, 4, 1, false, false, true},
+    {41, 64, 96, 2, 8, HOLES, MS_BF16, MS_RELU, false, true, true, 3, 3, false, false, true},
+    {7, 64, 96, 2, 5, EVEN, MS_F16, MS_RELU, false, true, false, 3, 8, false, false, true}, // ranks 1 and 2 have no tokens
+    {40, 64, 96, 2, 8, HOLES, MS_BF16, MS_GELU, false, true, true, 4, 2, true, false, true},
+    {50, 64, 41, 1, 5, EVEN, MS_BF16, MS_RELU, false, true, false, 1, 1, false, false, true},
 };
 
 void check(const std::string &name, const layer &l, std::string (*test)(const layer &)) {
@@ -550,6 +567,8 @@ void check_all() {
     check("graph", l, check_graph);
     check("misaligned", l, check_misaligned);
   }
+  const layer pruned = {64, 64, 96, 2, 8, HOLES, MS_BF16, MS_GELU, false, true, false, 1, 1, false, false, true};
+  check("graph", pruned, check_graph);
   check("faults", bf16, check_faults_of_one);
   for (ms_dtype dtype : {MS_F32, MS_BF16, MS_F16})
     for (int32_t T : {30, 200}) {

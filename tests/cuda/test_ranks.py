@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from layout_tables import fixed_plans, random_plan
 from workers import on_ranks
 
 import moeshard
@@ -62,6 +63,10 @@ class Layer:
         self.group, self.case, self.number = group, case, number
         self.given = inputs(case)
         table = plan_for(plan, group.size, case.experts, case.d_ff)
+        layout = moeshard._core.Layout(table.columns, table.d_ff, table.copies, group.rank)
+        self.layout = None
+        if layout.sparse:
+            self.layout = cuda.extension().Layout(table.copies, layout.copy_of[group.rank], group.rank)
         self.packed = cuda.extension().PackedExperts(
             columns=table.columns[group.rank],
             d_model=case.d_model,
@@ -95,7 +100,10 @@ class Layer:
         with self.group.call():
             with self.engine.checking():
                 pass
-            self.engine.forward(self.packed, hidden, index, weights, out, layer=self.number, replicated=replicated)
+            self.engine.forward(
+                self.packed, hidden, index, weights, out,
+                layer=self.number, replicated=replicated, layout=self.layout,
+            )  # fmt: skip
         return out
 
     def forward(self, tokens, **change):
@@ -113,12 +121,21 @@ def bits(tensor):
     return tensor.contiguous().view(torch.uint8)
 
 
-def check(workers, ranks, case, tokens, **options):
-    """Run on the ranks, compare every element with its bound in float64; the outputs of all, together."""
+def expected_of(case, plan="shard"):
+    """The output in float64 and the bound of its error; the slots of experts that the plan prunes add nothing."""
     from layer_cases import inputs, reference
 
+    given = inputs(case)
+    if isinstance(plan, Plan):
+        pruned = torch.from_numpy(plan.copies == 0)
+        given["index"] = given["index"].masked_fill(pruned[given["index"].clamp(min=0)], -1)
+    return reference(case, given)
+
+
+def check(workers, ranks, case, tokens, **options):
+    """Run on the ranks, compare every element with its bound in float64; the outputs of all, together."""
     found = torch.cat(on_ranks(workers, ranks, outputs, case, tokens, **options))
-    expected, bound = reference(case, inputs(case))
+    expected, bound = expected_of(case, options.get("plan"))
     error = np.abs(found.double().numpy() - expected)
     assert (error <= bound).all(), f"{(~(error <= bound)).sum()} of {error.size} off, worst {np.nanmax(error / bound)}"
     return found
@@ -157,6 +174,57 @@ def test_every_valid_table_is_right(cuda_workers, ranks, layout):
     check(cuda_workers, ranks, case, [6] * ranks, plan=plan)
 
 
+def assorted(ranks, d_ff):
+    """5 experts: on all ranks, on one, cut over all, on two (of 3 or more), on two and cut differently (of 4)."""
+    columns, whole = Plan.shard(ranks, 5, d_ff).columns.copy(), [0, d_ff]
+    columns[:, (0, 1, 3)] = 0
+    columns[:, 0] = columns[ranks - 1, 1] = columns[0, 3] = columns[1, 3] = whole
+    copies = [ranks, 1, 1, 2, 1]
+    if ranks == 4:
+        columns[:, 4] = [[0, 9], [0, 20], [20, d_ff], [9, d_ff]]
+        copies[4] = 2
+    return Plan.from_columns(columns, d_ff, copies)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("choices", [1, 2])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_copies_of_experts_share_their_slots(cuda_workers, ranks, choices, dtype):
+    tokens = UNEVEN[ranks]
+    case = case_of(tokens, choices=choices, dtype=dtype, bias=True, gated=ranks == 3)
+    check(cuda_workers, ranks, case, tokens, plan=assorted(ranks, case.d_ff), repeat=2 if ranks < 3 else 1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_random_tables_with_copies_and_pruned_experts_are_right(cuda_workers, ranks, seed):
+    case = case_of(UNEVEN[ranks], bias=True, choices=3, experts=7)
+    plan = random_plan(np.random.default_rng(seed), ranks, case.experts, case.d_ff, pruned=True)
+    check(cuda_workers, ranks, case, UNEVEN[ranks], plan=plan, chunks=seed)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("name", ["hybrid", "copies everywhere", "a mixture", "shifted owners"])
+def test_layouts_with_a_name_are_right(cuda_workers, ranks, name):
+    case = case_of([6] * ranks)
+    check(cuda_workers, ranks, case, [6] * ranks, plan=fixed_plans(ranks, case.experts, case.d_ff)[name])
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_copies_that_all_ranks_have_share_evenly_and_add_up(simdev, ranks):
+    plan = assorted(ranks, 37)
+    counts = np.array([11, 7, 5, 8, 3])
+    own = []
+    for rank in range(ranks):
+        copy_of = moeshard._core.Layout(plan.columns, plan.d_ff, plan.copies, rank).copy_of
+        own.append(cuda.extension().Layout(plan.copies, copy_of[rank], 0).own(counts))
+    assert sum(columns[0] for columns in own) == 11
+    assert {count for columns in own for count in [columns[0]]} <= {11 // ranks, 11 // ranks + 1}
+    assert [columns[1] for columns in own] == [0] * (ranks - 1) + [7]
+    assert all(columns[2] == 5 for columns in own)
+    assert [columns[3] for columns in own] == [4, 4, 0, 0][:ranks]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_chunks_do_not_change_a_bit(cuda_workers, ranks):
     """With more ranks NCCL, and ptxsim's too, is free to sum in another order."""
@@ -166,21 +234,23 @@ def test_chunks_do_not_change_a_bit(cuda_workers, ranks):
     assert all(torch.equal(bits(whole), bits(other)) for other in others)
 
 
-def replicated(group, case, chunks):
+def replicated(group, case, chunks, plan):
     """All ranks have all tokens. Also the slots that were counted."""
-    layer = Layer(group, case, chunks=chunks)
+    layer = Layer(group, case, plan, chunks=chunks)
     found = [layer.forward([case.tokens] * group.size, replicated=True) for _ in range(2)]
     assert torch.equal(bits(found[0]), bits(found[1])), "other bits on a repeated call"
     return found[0], layer.packed.seen(forget=True).tolist(), layer.packed.seen().tolist()
 
 
+@pytest.mark.parametrize("copied", [False, True], ids=["shard", "copied"])
 @pytest.mark.parametrize(("ranks", "chunks"), [(1, 1), (2, 1), (2, 3), (3, 2), (4, 1)])
-def test_replicated_tokens_give_every_rank_the_whole_result_and_are_counted_once(cuda_workers, ranks, chunks):
+def test_replicated_tokens_give_every_rank_the_whole_result_and_are_counted_once(cuda_workers, ranks, chunks, copied):
     from layer_cases import inputs, reference
 
     case = case_of([23], bias=True, gated=ranks == 3, dtype="float16" if ranks == 2 else "bfloat16")
     expected, bound = reference(case, given := inputs(case))
-    whole, *others = on_ranks(cuda_workers, ranks, replicated, case, chunks)
+    plan = assorted(ranks, case.d_ff) if copied and ranks > 1 else "shard"
+    whole, *others = on_ranks(cuda_workers, ranks, replicated, case, chunks, plan)
     assert (np.abs(whole[0].double().numpy() - expected) <= bound).all()
     assert all(torch.equal(bits(whole[0]), bits(out)) for out, *_ in others)
     index = given["index"].numpy()
@@ -341,24 +411,30 @@ def station(group, monkeypatch):
         with layer.group.call():
             with engine.checking():
                 *there, out = (make(tensor.shape, tensor.dtype).copy_(tensor) for tensor in (*rows, rows[0]))
-            engine.forward(layer.packed, *there, out, layer=layer.layer, replicated=layer.replicated)
+            engine.forward(
+                layer.packed, *there, out, layer=layer.layer, replicated=layer.replicated, layout=layer.shares
+            )
         return out.torch().view(hidden.shape)
 
     monkeypatch.setattr(api, "_site", on_device)
     monkeypatch.setattr(moeshard.ShardedExperts, "forward", forward)
 
 
-def sharded_model(group, tokens):
+def sharded_model(group, tokens, copied):
     import simdev
     from switch_models import batch, compare, run, switch_model
 
     simdev.set_device(group.rank)
     Layer(group, case_of([1]))  # the engine that the other tests use
     inputs = batch(3, 5, seed=1) if tokens == "replicated" else batch(2 + group.rank, 5, seed=group.rank)
+    plan = "auto"
+    if copied:
+        experts = switch_model("encoder", num_experts=3).config
+        plan = fixed_plans(group.size, experts.num_experts, experts.d_ff)["a mixture"]
     model, whole = switch_model("encoder", num_experts=3), switch_model("encoder", num_experts=3)
     with pytest.MonkeyPatch.context() as patch:
         station(group, patch)
-        model = moeshard.shard(model, group=group, tokens=tokens, progress=False)
+        model = moeshard.shard(model, group=group, tokens=tokens, plan=plan, progress=False)
         with moeshard.profile(model, limits=False) as profile:
             difference, flips = compare(run(whole, inputs), run(model, inputs))
         found = moeshard.report(model)
@@ -366,7 +442,7 @@ def sharded_model(group, tokens):
     pairs = zip(model.state_dict().values(), whole.state_dict().values(), strict=True)
     same = all(torch.equal(bits(one), bits(other)) for one, other in pairs)
     # The CPU engine counts the same.
-    model = moeshard.shard(model, group=group, tokens=tokens, progress=False)
+    model = moeshard.shard(model, group=group, tokens=tokens, plan=plan, progress=False)
     with moeshard.profile(model, limits=False) as on_cpu:
         run(model, inputs)
     for layer, other in zip(found.layers, moeshard.report(model).layers, strict=True):
@@ -374,16 +450,61 @@ def sharded_model(group, tokens):
     return difference, flips, same, profile, on_cpu
 
 
-@pytest.mark.parametrize(("ranks", "tokens"), [(1, "local"), (2, "local"), (2, "replicated")])
-def test_a_sharded_encoder_equals_the_whole_one_and_comes_back_bit_for_bit(cuda_workers, ranks, tokens):
-    for difference, flips, same, profile, on_cpu in on_ranks(cuda_workers, ranks, sharded_model, tokens):
+@pytest.mark.parametrize(
+    ("ranks", "tokens", "copied"),
+    [(1, "local", False), (2, "local", False), (2, "replicated", False), (2, "local", True), (2, "replicated", True)],
+)
+def test_a_sharded_encoder_equals_the_whole_one_and_comes_back_bit_for_bit(cuda_workers, ranks, tokens, copied):
+    # With copies the engines exchange other bytes, and deal tokens of ranks otherwise.
+    facts = {"layer", "rank", "calls", "tokens", "flops", "bytes", "share_of_work"}
+    facts -= {"bytes"} if copied else set()
+    facts -= {"flops", "share_of_work"} if copied and tokens == "local" else set()
+    for difference, flips, same, profile, on_cpu in on_ranks(cuda_workers, ranks, sharded_model, tokens, copied):
         assert difference < 1e-5 and not flips
         assert same
         assert len(profile.rows) == len(on_cpu.rows)
         for row, other in zip(profile.rows, on_cpu.rows, strict=True):
-            for fact in ("layer", "rank", "calls", "tokens", "flops", "bytes", "share_of_work"):
+            for fact in facts:
                 assert getattr(row, fact) == getattr(other, fact), fact
             assert min(row.seconds.values()) >= 0 < row.seconds["ffn"]
+
+
+def loaded_model(group, family, folder, plan):
+    """Experts from the files into device memory; the model's other weights stay on the CPU, where torch has them."""
+    import simdev
+    from family_models import FAMILIES, inputs, tokens
+
+    simdev.set_device(group.rank)
+    Layer(group, case_of([1]))  # the engine that the other tests use
+    whole = FAMILIES[family]()
+    options = {"group": group, "progress": False, "config": whole.config}
+    if plan is not None:
+        config = whole.config
+        experts = getattr(config, "num_local_experts", None) or config.num_experts
+        d_ff = getattr(config, "encoder_ffn_dim", None) or config.intermediate_size
+        options["plan"] = fixed_plans(group.size, experts, d_ff)[plan]
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        station(group, patch)
+        mine = moeshard.from_pretrained(type(whole), folder, **options)
+        devices = {module.device.type for module in mine.modules() if isinstance(module, moeshard.ShardedExperts)}
+        given = inputs(mine)
+        found, expected = tokens(mine, given), tokens(whole, given)
+        mine = moeshard.unshard(mine)
+    pairs = zip(mine.state_dict().values(), whole.state_dict().values(), strict=True)
+    same = all(torch.equal(bits(one), bits(other)) for one, other in pairs)
+    return devices, float((found - expected).abs().max() / expected.abs().max()), same
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("family", "plan"), [("nllb", None), ("privacy_filter", None), ("mixtral", "a mixture")])
+def test_a_checkpoint_is_read_into_device_memory(cuda_workers, tmp_path, family, plan, ranks):
+    from family_models import FAMILIES
+
+    if family not in FAMILIES:
+        pytest.skip("transformers 4 has no such model")
+    FAMILIES[family]().save_pretrained(tmp_path)
+    for devices, difference, same in on_ranks(cuda_workers, ranks, loaded_model, family, tmp_path, plan):
+        assert devices == {"cuda"} and difference < 1e-5 and same
 
 
 def survive(victim, case, reserve):

@@ -2,7 +2,7 @@
 //
 //   nvcc -std=c++17 -O3 -cudart shared -gencode arch=compute_80,code=sm_80 -gencode arch=compute_80,code=compute_80
 //     -o test_steps tests/cuda/test_steps.cu cuda/step2_gather.cu cuda/step3_group.cu cuda/step5_combine.cu
-//     cuda/shape.c cuda/status.c csrc/base/error.c csrc/reference.c -lm
+//     cuda/layout.c cuda/shape.c cuda/status.c csrc/base/error.c csrc/reference.c -lm
 //   test_steps                every case, each line ok or FAIL; the exit code tells
 //   test_steps --repeat N     one large case N times: the same bits each time
 //   test_steps --time         microseconds a step (medians; CUDA graphs of many steps, so that no host is measured)
@@ -108,16 +108,18 @@ struct layer {
   ms_dtype dtype = MS_BF16, index_dtype = MS_I64, weight_dtype = MS_F32;
   int32_t misaligned = 0; // elements that hidden lies past a multiple of 16 bytes
   bool in_place = false, replicated = false;
-  int32_t sms = 0; // 0: the device's; fewer: blocks of group have more to do
+  int32_t sms = 0;     // 0: the device's; fewer: blocks of group have more to do
+  bool copied = false; // experts with copies, without, on one rank, pruned: copies_of and copy_of
 };
 
 const char *const routing_names[] = {"even", "skewed", "one expert", "holes", "no expert"};
 
 std::string name_of(const layer &l) {
   char text[160];
-  snprintf(text, sizeof text, "R=%d T=%d D=%d K=%d E=%d %s %s%s%s%s%s", l.R, l.T, l.D, l.K, l.E, ms_dtype_name(l.dtype),
+  snprintf(text, sizeof text, "R=%d T=%d D=%d K=%d E=%d %s %s%s%s%s%s%s", l.R, l.T, l.D, l.K, l.E, ms_dtype_name(l.dtype),
            routing_names[l.route], l.misaligned ? " misaligned" : "", l.in_place ? " in place" : "",
-           l.replicated ? " replicated" : "", l.sms ? (" sms=" + std::to_string(l.sms)).c_str() : "");
+           l.replicated ? " replicated" : "", l.sms ? (" sms=" + std::to_string(l.sms)).c_str() : "",
+           l.copied ? " copied" : "");
   return text;
 }
 
@@ -134,6 +136,30 @@ int32_t choice(const layer &l, uint64_t seed, int64_t slot) {
 
 int64_t tokens_of(const layer &l, int32_t r) { // ranks differ
   return r == 0 || l.replicated ? l.T : std::max(0, l.T - 5 * r);
+}
+
+// Of a table with `copied`, by expert: on every rank; on one rank; cut over all; twice, by all ranks or by two; pruned.
+int32_t copies_of(const layer &l, int32_t e) { return e % 5 == 0 ? l.R : e % 5 == 3 ? std::min(2, l.R) : e % 5 != 4; }
+int32_t copy_of(const layer &l, int32_t e, int32_t r) { // -1: r has nothing of e
+  switch (e % 5) {
+  case 0: return r;
+  case 1: return r == e % l.R ? 0 : -1;
+  case 2: return 0;
+  case 3: return e % 2 && r > 1 ? -1 : (r + 1) % std::min(2, l.R);
+  default: return -1;
+  }
+}
+
+// The slots that rank r computes, -1 in place of the others' experts.
+std::vector<int32_t> computed_by(const layer &l, int32_t r, const std::vector<int32_t> &expert) {
+  std::vector<int32_t> own(expert.size(), -1), home(expert.size(), -1), copy(expert.size());
+  for (int32_t e = 0; e < l.E; e++) {
+    if (copy_of(l, e, r) < 0) continue;
+    ms_reference_deal(expert.data(), home.data(), (int64_t)expert.size(), e, copies_of(l, e), copy.data());
+    for (size_t s = 0; s < expert.size(); s++)
+      if (copy[s] == copy_of(l, e, r)) own[s] = e;
+  }
+  return own;
 }
 
 // What one rank's router and model hand to the layer.
@@ -184,6 +210,7 @@ struct fixture {
   device_memory memory;
   ms_cuda_shape shape = {};
   ms_cuda_view view = {};
+  ms_cuda_layout *layout = nullptr; // as long as nobody became a rank
   ms_cuda_faults *faults = nullptr;
   cudaStream_t stream = nullptr;
   ms_error err = {};
@@ -209,6 +236,7 @@ struct fixture {
     MUST(cudaDeviceSynchronize());
   }
   ~fixture() {
+    ms_cuda_layout_free(layout);
     cudaStreamDestroy(stream);
     cudaFreeHost(faults);
   }
@@ -234,7 +262,14 @@ struct fixture {
     MUST_OK(ms_cuda_gather_pack(&shape, &view, &header, hidden, index, l.index_dtype, weights, l.weight_dtype, stream,
                                 &err));
   }
-  void group() { MUST_OK(ms_cuda_group(&shape, &view, stream, &err)); }
+  // Be rank r.
+  void become(const layer &l, int32_t r) {
+    std::vector<int32_t> copies, copy;
+    ms_cuda_layout_free(layout);
+    for (int32_t e = 0; e < l.E; e++) copies.push_back(copies_of(l, e)), copy.push_back(copy_of(l, e, r));
+    MUST_OK(ms_cuda_layout_create(l.E, copies.data(), copy.data(), 0, &layout, &err));
+  }
+  void group() { MUST_OK(ms_cuda_group(&shape, &view, layout, stream, &err)); }
   void wait() { MUST(cudaStreamSynchronize(stream)); }
 };
 
@@ -358,30 +393,37 @@ std::string check_combine(const layer &l, fixture &f, const std::vector<int32_t>
   return "";
 }
 
+// All steps of one batch, as rank `me` where tables are copied.
+std::string check_batch(const layer &l, fixture &f, int32_t me, uint64_t seed, std::vector<unsigned long long> &seen) {
+  std::vector<int32_t> expert;
+  std::vector<rank_input> in;
+  for (int32_t r = 0; r < l.R; r++) {
+    in.push_back(input_of(l, r, seed));
+    f.pack(l, r, in.back(), f.header(l, in.back().tokens));
+    if (r == 0 || !l.replicated) expert.insert(expert.end(), in.back().expert.begin(), in.back().expert.end());
+  }
+  f.wait();
+  for (int32_t r = 0; r < l.R; r++)
+    if (std::string wrong = check_message(l, f, r, in[(size_t)r]); !wrong.empty()) return wrong;
+  f.group();
+  f.wait();
+  for (int32_t e : expert)
+    if (e >= 0) seen[(size_t)e]++;
+  for (int32_t r = 0; r < (l.replicated ? 1 : l.R); r++) seen.back() += (unsigned long long)(tokens_of(l, r) * l.K);
+  SAME("seen", read<unsigned long long>(f.view.seen, l.E + 1), seen);
+  if (l.copied) expert = computed_by(l, me, expert);
+  if (std::string wrong = check_group(l, f, expert); !wrong.empty()) return wrong;
+  return check_combine(l, f, expert, seed);
+}
+
 std::string check_steps(const layer &l) {
   fixture f(l);
   std::vector<unsigned long long> seen((size_t)l.E + 1);
-  unsigned long long all = 0;
-  for (uint64_t round = 1; round <= 2; round++) { // the second finds what the first left in the workspace
-    std::vector<int32_t> expert;
-    std::vector<rank_input> in;
-    for (int32_t r = 0; r < l.R; r++) {
-      in.push_back(input_of(l, r, round));
-      f.pack(l, r, in.back(), f.header(l, in.back().tokens));
-      if (r == 0 || !l.replicated) expert.insert(expert.end(), in.back().expert.begin(), in.back().expert.end());
+  for (uint64_t round = 1; round <= 2; round++) // the second finds what the first left in the workspace
+    for (int32_t me = 0; me < (l.copied ? l.R : 1); me++) {
+      if (l.copied) f.become(l, me);
+      if (std::string wrong = check_batch(l, f, me, round, seen); !wrong.empty()) return wrong;
     }
-    f.group();
-    f.wait();
-    for (int32_t e : expert) seen[(size_t)(e < 0 ? l.E : e)]++;
-    for (int32_t r = 0; r < (l.replicated ? 1 : l.R); r++) all += (unsigned long long)(tokens_of(l, r) * l.K);
-    std::vector<unsigned long long> expected(seen.begin(), seen.end());
-    expected.back() = all;
-    SAME("seen", read<unsigned long long>(f.view.seen, l.E + 1), expected);
-    for (int32_t r = 0; r < l.R; r++)
-      if (std::string wrong = check_message(l, f, r, in[(size_t)r]); !wrong.empty()) return wrong;
-    if (std::string wrong = check_group(l, f, expert); !wrong.empty()) return wrong;
-    if (std::string wrong = check_combine(l, f, expert, round); !wrong.empty()) return wrong;
-  }
   return "";
 }
 
@@ -684,6 +726,18 @@ const layer layers[] = {
     {1, 700, 8, 1, 65536, EVEN, MS_BF16, MS_I64, MS_F32, 0, false, false, 3}, // shares of many rounds
     {1, 33500, 8, 2, 64, HOLES, MS_BF16, MS_I64, MS_F32, 0, false, false, 2}, // more chunks than blocks
     {1, 4500, 8, 2, 8, EVEN, MS_BF16, MS_I64, MS_F32, 0, false, false, 1},    // a block alone
+    // each rank computes its share
+    {1, 64, 32, 2, 10, HOLES, MS_BF16, MS_I64, MS_F32, 0, false, false, 0, true},
+    {2, 60, 40, 2, 8, SKEWED, MS_F16, MS_I64, MS_F32, 0, false, false, 0, true},
+    {3, 64, 36, 1, 5, EVEN, MS_F32, MS_I32, MS_F32, 0, false, false, 0, true},
+    {4, 37, 16, 2, 64, HOLES, MS_BF16, MS_I64, MS_F32, 0, false, false, 0, true},
+    {3, 4, 32, 2, 8, EVEN, MS_BF16, MS_I64, MS_F32, 0, false, false, 0, true}, // ranks 1 and 2 have no tokens
+    {3, 130, 16, 1, 4, ONE, MS_BF16, MS_I64, MS_F32, 0, false, false, 0, true},
+    {4, 50, 32, 2, 8, HOLES, MS_BF16, MS_I64, MS_F32, 0, true, true, 0, true},
+    {2, 3000, 8, 2, 8, SKEWED, MS_BF16, MS_I64, MS_F32, 0, false, false, 0, true}, // many blocks
+    {2, 3000, 8, 2, 64, HOLES, MS_BF16, MS_I64, MS_F32, 0, false, false, 3, true},
+    {3, 2000, 8, 2, 2048, EVEN, MS_F16, MS_I64, MS_F32, 0, false, true, 0, true},
+    {2, 300, 8, 1, 5000, EVEN, MS_BF16, MS_I64, MS_F32, 0, false, false, 2, true}, // shares of many rounds
     // on both sides of where the ways part
     {1, 4096, 8, 2, 1024, EVEN, MS_BF16},
     {1, 256, 8, 1, 1024, ONE, MS_BF16},
