@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time and peak memory of loading a checkpoint: moeshard.from_pretrained against transformers' own, for the same bytes.
 
-    python benchmarks/loading.py --experts 128 --layers 4 --json benchmarks/results/loading.json
+    python benchmarks/loading.py --experts 64 --layers 8 --json benchmarks/results/loading.json
 
 Every measurement is made in processes of its own, in turns, with the file in the page cache (--cold: not in it; what
 the disk's own host still has is out of reach). A case:
@@ -12,8 +12,9 @@ hf shard    moeshard.shard(cls.from_pretrained(path))
 moeshard    moeshard.from_pretrained(cls, path)
 
 "First" is the time from the start to the outputs of 8 x 128 tokens, when nothing is left to be put off. "System" is
-what the kernel took of it, over all threads: on a virtual machine mostly the first touch of memory, which can cost ten
-times as much where the host has to find it first. Peak is VmHWM less what the process had before; its bound is 1.1
+what the kernel took of the loading, over all threads. The first touch of memory can cost a virtual machine twenty times
+as much where its host has to find the memory: each process therefore touches as much as it may need, and gives it back,
+right before it is timed (--untouched: it does not). Peak is VmHWM less what the process had before; its bound is 1.1
 times the final size (this rank's packed columns and the other weights) plus one expert. After the times, the model's
 first outputs are compared: all cases must agree.
 """
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import platform
 import resource
@@ -83,7 +85,16 @@ def status(field: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
 
-def measure(case: str, folder: str, small: str) -> dict[str, Any]:
+def use_memory(size: int) -> None:
+    """Touch so many bytes of new memory and give them back, so that the host of a virtual machine has them ready."""
+    if size:
+        with mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+            for at in range(0, size, mmap.PAGESIZE):
+                memory[at] = 1
+
+
+def measure(case: str, folder: str, small: str, touched: int) -> dict[str, Any]:
     """Load once, on this rank; what it took."""
     import gc
     import warnings
@@ -111,6 +122,7 @@ def measure(case: str, folder: str, small: str) -> dict[str, Any]:
     load(small)  # imports and first calls
     gc.collect()
     return_freed_memory()
+    use_memory(touched)
     before = status("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # VmHWM starts afresh
@@ -155,6 +167,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cold", action="store_true", help="take the checkpoint out of the page cache before each run")
+    parser.add_argument("--untouched", action="store_true", help="do not touch memory before each run")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--folder", type=Path, help="where the checkpoint is made; default: a temporary folder")
     options = parser.parse_args()
@@ -163,6 +176,7 @@ def main() -> None:
         sizes = {"num_layers": options.layers, "num_sparse_encoder_layers": options.layers // 2}
         size = write_checkpoint(large, options.dtype, num_experts=options.experts, d_ff=3072, **sizes)
         write_checkpoint(small, options.dtype, num_experts=2, d_ff=64, num_layers=2, num_sparse_encoder_layers=1)
+        touched = 0 if options.untouched else size
         rows = []
         for count in options.ranks:
             found: dict[str, list[list[dict[str, Any]]]] = {case: [] for case in CASES}
@@ -170,7 +184,7 @@ def main() -> None:
                 for case in CASES if repeat % 2 == 0 else reversed(CASES):
                     page_cache(large, cold=options.cold)
                     with moeshard.launch(count, timeout=300) as ranks:
-                        found[case].append(ranks.run(measure, case, str(large), str(small)))
+                        found[case].append(ranks.run(measure, case, str(large), str(small), touched))
             right = found["hf"][0][0]["outputs"]
             for case, runs in found.items():
                 last = [rank for run in runs for rank in run]
@@ -202,6 +216,7 @@ def main() -> None:
             "dtype": options.dtype,
             "repeats": options.repeats,
             "cold": options.cold,
+            "untouched": options.untouched,
             "cpu": cpu(),
             "python": platform.python_version(),
             "rows": rows,
