@@ -29,6 +29,7 @@ class PackedExperts:
         b_in: bool,
         b_out: bool,
         device: int,
+        interleaved: bool = False,
     ) -> Self: ...
     def pack(
         self,

@@ -60,7 +60,9 @@ ls cuda/step[235]*.cu cuda/step4_ffn.cu cuda/experts_convert.cu cuda/*.c csrc/ba
 
 # number, source, test, cases that show it soonest, seeds
 only=" $* "
-while read -r line; do [[ $only == "  " || $only == *" ${line%% *} "* ]] && printf '%s\0' "$line"; done <<'LIST' |
+while read -r line; do
+  if [[ $only == "  " || $only == *" ${line%% *} "* ]]; then printf '%s\0' "$line"; fi
+done <<'LIST' |
 0 cuda/step3_group.cu test_steps "" "1"
 0 cuda/engine.c test_engine R=3 "1"
 0 cuda/step4_ffn.cu test_ffn "" "1"
