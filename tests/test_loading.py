@@ -212,6 +212,7 @@ def test_on_a_device_a_row_of_memory_stands_in_for_a_parameter(tmp_path, monkeyp
     assert stand_ins
 
 
+@NEW
 def test_stacked_experts_in_another_dtype(workers, tmp_path):
     mixtral(tmp_path, torch.bfloat16)
     for facts in on(workers, 2, mixtral_like_huggingface, tmp_path, {"torch_dtype": torch.float32}):
