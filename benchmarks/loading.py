@@ -25,7 +25,6 @@ import argparse
 import json
 import mmap
 import os
-import platform
 import resource
 import statistics
 import tempfile
@@ -68,15 +67,6 @@ def page_cache(folder: Path, *, cold: bool) -> None:
             else:
                 while opened.read(1 << 24):
                     pass
-
-
-def cpu() -> str:
-    """The processor's name, and the kernels that it runs."""
-    from moeshard import _core
-
-    with open("/proc/cpuinfo") as file:
-        names = {line.partition(":")[2].strip() for line in file if line.startswith("model name")}
-    return f"{', '.join(sorted(names))}, {os.cpu_count()} cores, {_core.isa()}"
 
 
 def status(field: str) -> int:
@@ -159,6 +149,7 @@ def measure(case: str, folder: str, small: str, touched: int) -> dict[str, Any]:
 def main() -> None:
     """Measure every case with every number of ranks."""
     import moeshard
+    from moeshard.doctor import machine, versions
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--experts", type=int, default=128)
@@ -217,8 +208,8 @@ def main() -> None:
             "repeats": options.repeats,
             "cold": options.cold,
             "untouched": options.untouched,
-            "cpu": cpu(),
-            "python": platform.python_version(),
+            "machine": machine(),
+            "versions": versions(),
             "rows": rows,
         }
         options.json.write_text(json.dumps(facts, indent=1) + "\n")
